@@ -1,0 +1,305 @@
+"""Every option of the loss: its name, its default, what it may be, and what it means to leave it alone.
+
+The keys are the ones that people write in a kohya TOML. They are read here, checked here, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
+
+from .bands import METHODS, Method, check_wavelet, resolve_method
+from .latents import NUM_TRAIN_TIMESTEPS
+
+Timesteps = Literal["unified", "own"]
+SampleWeights = Literal["none", "min_snr"]
+Reduction = Literal["sum", "mean"]
+
+# The section of the TOML that holds the options, and the beginning of every key but dist_match.
+SECTION = "freq_loss"
+PREFIX = "freq_loss_"
+
+# Keys of the method that this version does not have yet. Accepting them silently would be a lie.
+_NOT_YET = {
+    "guidance_token": "training with CLIP image tokens is not part of this version",
+}
+
+# How alike a foreign key must be to one of ours before it counts as a slip of the finger.
+_TYPO_CUTOFF = 0.84
+
+
+class ConfigError(ValueError):
+    """An option that cannot be used as given; the message names the key, the value, what is allowed and the fix."""
+
+
+def _option(default: Any, meaning: str, *, key: str | None = None, choices: tuple[str, ...] | None = None) -> Any:
+    return field(default=default, metadata={"meaning": meaning, "key": key, "choices": choices})
+
+
+@dataclass(frozen=True)
+class FreqLossConfig:
+    r"""All options of the frequency distribution-matching loss, validated when made.
+
+    .. math:: loss = base + dist\_match \cdot (low\_weight \cdot L_{low} + high\_weight \cdot L_{high})
+
+    A field is called like its TOML key without ``freq_loss_``. `from_mapping` reads a TOML or an argparse namespace,
+    `from_strings` reads ``key=value``.
+
+    Raises:
+        ConfigError: a value of the wrong type or outside its range, or two options that contradict each other.
+
+    Example:
+        >>> config = FreqLossConfig.from_mapping({"dist_match": 0.01, "freq_loss_method": "fft"})
+        >>> config.method, config.low_weight
+        ('fft', 0.7)
+    """
+
+    dist_match: float = _option(
+        0.003, "weight of the whole frequency term in the loss; 0 turns everything off", key="dist_match"
+    )
+    method: Method = _option("wavelet", "how the bands are made", choices=METHODS)
+    wavelet: str = _option("db3", "any discrete wavelet of PyWavelets; used by method wavelet")
+    levels: int = _option(2, "wavelet levels J, at least 1, with 2^J at most the smaller latent side")
+    cutoff: float = _option(0.25, "radius of the low band as a fraction of min(H, W), at most 0.5; used by method fft")
+    low_weight: float = _option(0.7, "weight of the low band, at least 0")
+    high_weight: float = _option(0.3, "weight of the high band, at least 0")
+    timesteps: Timesteps = _option(
+        "unified",
+        "unified: one extra pass at one timestep for the whole batch; own: the base pass's own timesteps",
+        choices=get_args(Timesteps),
+    )
+    min_timestep: int = _option(200, "first timestep of the window, on the scale 0..1000")
+    max_timestep: int = _option(600, "end of the window, exclusive, on the scale 0..1000")
+    sample_weights: SampleWeights = _option(
+        "none", "weight of each sample in the batch sum", choices=get_args(SampleWeights)
+    )
+    reduction: Reduction = _option(
+        "sum", "sum over the batch (the formula), or mean (does not grow with the batch)", choices=get_args(Reduction)
+    )
+    network_module: str | None = _option(None, "the network module to train; the trainer's own LoRA where left out")
+    min_snr_gamma: float = _option(
+        5.0, "γ of sample_weights min_snr; this is the trainer's own option", key="min_snr_gamma"
+    )
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            _check_type(option, getattr(self, option.name))
+        self._check_ranges()
+        self._check_wavelet()
+
+    @property
+    def enabled(self) -> bool:
+        """False where ``dist_match`` is 0: nothing is added and nothing is changed."""
+        return self.dist_match > 0
+
+    @property
+    def resolved_method(self) -> Method:
+        """The method that will run: fft where pytorch_wavelets cannot be imported."""
+        return resolve_method(self.method)
+
+    @classmethod
+    def fields_by_key(cls) -> dict[str, str]:
+        """TOML key → field name, in the order of the table in the README."""
+        return {_key(option): option.name for option in fields(cls)}
+
+    @classmethod
+    def claims(cls, key: str) -> bool:
+        """Whether ``key`` is, or by its looks was meant to be, an option of this loss and not one of the trainer."""
+        own = _own_keys()
+        return (
+            key in own
+            or key in _NOT_YET
+            or key.startswith(PREFIX)
+            or bool(difflib.get_close_matches(key, own, n=1, cutoff=_TYPO_CUTOFF))
+        )
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any] | argparse.Namespace) -> FreqLossConfig:
+        """Read the options out of a TOML table or of the arguments of a trainer.
+
+        Args:
+            mapping: TOML keys to values. Keys of the trainer are passed over. A nested table ``freq_loss`` is read as
+                the section of that name, and there every key must be known.
+
+        Raises:
+            ConfigError: an unknown key that begins with ``freq_loss_`` or looks like one of ours, an unknown key in the
+                section, a key given twice with different values, or an invalid value.
+        """
+        values = vars(mapping) if isinstance(mapping, argparse.Namespace) else mapping
+        section = values.get(SECTION, {})
+        if not isinstance(section, Mapping):
+            raise ConfigError(f"{SECTION} = {section!r}: expected a section; write [{SECTION}] on a line of its own")
+        flat = {key: value for key, value in values.items() if key != SECTION}
+        check_section(section)
+        for key, value in section.items():
+            if flat.setdefault(key, value) != value:
+                raise ConfigError(f"{key} is given twice: {flat[key]!r} and, in [{SECTION}], {value!r}; keep one")
+        _check_foreign_keys(flat)
+        # None is how an argument parser says "not given"; so is a trainer's min_snr_gamma of 0.
+        given = {name: flat[key] for key, name in cls.fields_by_key().items() if flat.get(key) is not None}
+        if given.get("min_snr_gamma") == 0:
+            del given["min_snr_gamma"]
+        return cls(**given)
+
+    @classmethod
+    def from_strings(cls, items: Iterable[str]) -> FreqLossConfig:
+        """Read ``key=value`` strings, as on a command line: ``["dist_match=0.01", "freq_loss_method=fft"]``.
+
+        Raises:
+            ConfigError: an item without ``=``, an unknown key, a key given twice, or an invalid value.
+        """
+        values: dict[str, str] = {}
+        for item in items:
+            key, equals, value = item.partition("=")
+            key = key.strip()
+            if not equals:
+                raise ConfigError(f"{item!r}: expected key=value, for instance dist_match=0.003")
+            if key in values:
+                raise ConfigError(f"{key} is given twice: {values[key]!r} and {value.strip()!r}; keep one")
+            values[key] = value.strip()
+        return cls.from_mapping(parse_strings(values))
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raise ConfigError where latents of H×W are too small for the wavelet levels (2^J > min(H, W))."""
+        if self.method == "wavelet" and 2**self.levels > min(height, width):
+            most = int(math.log2(min(height, width)))
+            fix = f"set freq_loss_levels = {most}" if most else "train at a higher resolution"
+            raise ConfigError(
+                f"freq_loss_levels = {self.levels}: needs latents of at least {2**self.levels} × {2**self.levels}, and "
+                f"these are {height} × {width} (pixels divided by the factor of the VAE, usually 8); {fix}"
+            )
+
+    def useless_settings(self, batch_size: int | None = None) -> list[str]:
+        """One sentence for each setting that is allowed and does little or nothing."""
+        if not self.enabled:
+            return []
+        found = []
+        if self.low_weight == self.high_weight == 0:
+            found.append("freq_loss_low_weight and freq_loss_high_weight are both 0: the term is always 0")
+        elif self.low_weight == self.high_weight:
+            exact = "is" if self.resolved_method == "fft" else "is nearly"
+            found.append(
+                f"freq_loss_low_weight = freq_loss_high_weight: the term {exact} the plain MSE of the batch "
+                f"{self.reduction}, and the bands do nothing; give them different weights"
+            )
+        if batch_size == 1:
+            found.append(
+                "batch size 1: there is no distribution to match, the term is a band-weighted MSE of one picture; "
+                "a train_batch_size of 4 or more is what the method is made for"
+            )
+        return found
+
+    def metadata(self) -> dict[str, str]:
+        """Every option as ``ss_freq_loss_*`` strings, for the header of a safetensors file."""
+        return {f"ss_freq_loss_{option.name}": str(getattr(self, option.name)) for option in fields(self)}
+
+    def _check_ranges(self) -> None:
+        for name in ("dist_match", "low_weight", "high_weight"):
+            if not (0 <= getattr(self, name) < math.inf):
+                raise self._error(name, "a finite number ≥ 0")
+        if self.levels < 1:
+            raise self._error("levels", "a whole number ≥ 1")
+        if not 0 < self.cutoff <= 0.5:
+            raise self._error("cutoff", "a number above 0 and at most 0.5, the highest frequency of a latent")
+        if not 0 < self.min_snr_gamma < math.inf:
+            raise self._error("min_snr_gamma", "a finite number > 0; 5 is usual")
+        for name in ("min_timestep", "max_timestep"):
+            if not 0 <= getattr(self, name) <= NUM_TRAIN_TIMESTEPS:
+                raise self._error(name, f"a whole number from 0 to {NUM_TRAIN_TIMESTEPS}")
+        if self.min_timestep >= self.max_timestep:
+            raise ConfigError(
+                f"freq_loss_min_timestep = {self.min_timestep} and freq_loss_max_timestep = {self.max_timestep}: "
+                "the window is empty; the first must be smaller than the second (200 and 600 are the defaults)"
+            )
+
+    def _check_wavelet(self) -> None:
+        try:
+            check_wavelet(self.wavelet)
+        except ImportError:
+            return  # without the library the bands are FFT bands, whatever this says; resolve_method warns
+        except ValueError as error:
+            raise ConfigError(f"freq_loss_{error}") from None
+
+    def _error(self, name: str, expected: str) -> ConfigError:
+        option = next(option for option in fields(self) if option.name == name)
+        return ConfigError(f"{_key(option)} = {getattr(self, name)!r}: expected {expected}")
+
+
+def check_section(section: Mapping[str, Any]) -> None:
+    """Raise ConfigError for the first key of a ``[freq_loss]`` section that is not an option."""
+    for key in section:
+        if key not in FreqLossConfig.fields_by_key() and key not in _NOT_YET:
+            raise _unknown_key(key, f"in [{SECTION}]")
+
+
+def parse_strings(values: Mapping[str, str]) -> dict[str, Any]:
+    """Give the strings that belong to options their type; other keys pass unchanged.
+
+    Raises:
+        ConfigError: a string that is no value of the option's type.
+    """
+    types = {_key(option): option for option in fields(FreqLossConfig)}
+    return {key: _parse(types[key], value) if key in types else value for key, value in values.items()}
+
+
+def _key(option: Any) -> str:
+    return option.metadata["key"] or PREFIX + option.name
+
+
+def _parse(option: Any, value: str) -> Any:
+    convert: Any = {"float": float, "int": int}.get(option.type, str)
+    try:
+        return convert(value)
+    except ValueError:
+        raise ConfigError(f"{_key(option)} = {value!r}: expected {_expectation(option)}") from None
+
+
+def _check_type(option: Any, value: Any) -> None:
+    accepted: Any = {"float": (int, float), "int": int}.get(option.type, str)
+    fits = isinstance(value, accepted) and not isinstance(value, bool)
+    if option.default is None and value is None:
+        return
+    if not fits:
+        hint = ""
+        if isinstance(value, str) and option.type in ("float", "int"):
+            hint = "; remove the quotes"
+        elif option.type == "int" and isinstance(value, float):
+            hint = f"; write {round(value)}" if math.isfinite(value) else ""
+        raise ConfigError(f"{_key(option)} = {value!r} ({type(value).__name__}): expected {_expectation(option)}{hint}")
+    choices = option.metadata["choices"]
+    if choices and value not in choices:
+        nearest = difflib.get_close_matches(value.lower(), choices, n=1, cutoff=0.4)
+        suggestion = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        raise ConfigError(f"{_key(option)} = {value!r}: expected {_expectation(option)}{suggestion}")
+
+
+def _expectation(option: Any) -> str:
+    if option.metadata["choices"]:
+        return "one of " + ", ".join(map(repr, option.metadata["choices"]))
+    return {"float": "a number", "int": "a whole number"}.get(option.type, "a text in quotes")
+
+
+def _check_foreign_keys(flat: Mapping[str, Any]) -> None:
+    for key, value in flat.items():
+        if key in _NOT_YET and value:
+            raise ConfigError(f"{key} = {value!r}: {_NOT_YET[key]}; remove the line, or set it to 0")
+        if key not in FreqLossConfig.fields_by_key() and key not in _NOT_YET and FreqLossConfig.claims(key):
+            raise _unknown_key(key)
+
+
+def _own_keys() -> list[str]:
+    return [key for key in FreqLossConfig.fields_by_key() if key != "min_snr_gamma"]
+
+
+def _unknown_key(key: str, where: str = "") -> ConfigError:
+    candidates = _own_keys()
+    without_prefix = {candidate.removeprefix(PREFIX): candidate for candidate in candidates}
+    nearest = difflib.get_close_matches(key, candidates, n=1, cutoff=0.5)
+    if not nearest:
+        nearest = [without_prefix[name] for name in difflib.get_close_matches(key, without_prefix, n=1, cutoff=0.5)]
+    suggestion = f" Did you mean {nearest[0]}?" if nearest else ""
+    return ConfigError(f"{key}: unknown option {where}".rstrip() + f".{suggestion} Options: {', '.join(candidates)}")

@@ -1,0 +1,271 @@
+r"""The frequency distribution-matching loss, once to be read and once to be run.
+
+For a band b in {low, high}, sample weights w_i, clean latents x0_i and their estimates x̂0_i (see
+`freq_loss_plugin.latents`):
+
+    L_b   = mean over (C, H, W) of ( Σ_i w_i·band_b(m_i·x̂0_i) − Σ_i w_i·band_b(m_i·x0_i) )²
+    total = dist_match · ( low_weight·L_low + high_weight·L_high )
+
+with an optional mask m_i in 0..1, and Σ_i divided by the batch size where ``reduction`` is ``"mean"``.
+
+`reference_loss` does just that. `frequency_matching_loss` uses that everything inside the square is linear: with the k
+of `residual_scale`,
+
+    D   = Σ_i w_i·k_i·m_i·(prediction_i − target_i)        one tensor of shape (C, H, W)
+    L_b = mean of band_b(D)²
+
+so that one tensor is split instead of 2B, and the noisy latents are not needed. For the wavelet bands the low band is
+two small matrix products and the high band is D minus it; for the FFT bands Parseval's theorem gives both energies from
+the spectrum of D, with no inverse transform.
+
+Source: the distribution matching of Real-Fake (Yuan et al. 2023, arXiv 2310.10402) at one timestep per batch, applied
+per frequency band; this is the variant that adds to the plain diffusion loss and matches sums, not means.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from .bands import (
+    Bands,
+    check_latent,
+    computation_dtype,
+    fft_energy_weights,
+    frequency_decomposition,
+    wavelet_low_band,
+)
+from .config import FreqLossConfig
+from .latents import (
+    NUM_TRAIN_TIMESTEPS,
+    PredictionType,
+    recover_latent,
+    residual_scale,
+    select_alpha_bar,
+    signal_to_noise,
+)
+
+
+class FrequencyLoss(NamedTuple):
+    """Scalars: ``total`` is weighted and ready to add, ``low`` and ``high`` are the bare L_low, L_high."""
+
+    total: Tensor
+    low: Tensor
+    high: Tensor
+
+
+def frequency_matching_loss(
+    prediction: Tensor,
+    target: Tensor,
+    *,
+    prediction_type: PredictionType,
+    timesteps: Tensor | float | None,
+    alphas_cumprod: Tensor | None = None,
+    sigmas: Tensor | None = None,
+    sample_weights: Tensor | None = None,
+    mask: Tensor | None = None,
+    config: FreqLossConfig,
+) -> FrequencyLoss:
+    r"""Match the batch sum of predicted clean latents to that of the clean latents, band by band.
+
+    .. math:: total = dist\_match \, (low\_weight \, L_{low} + high\_weight \, L_{high}), \quad
+              L_b = \operatorname{mean}\big(band_b(D)^2\big), \quad D = \sum_i w_i k_i m_i (prediction_i - target_i)
+
+    The folded form of `reference_loss`, equal to it up to rounding. Runs in float32 (float64 for float64 input) inside
+    any autocast, makes no module, and never waits for the device.
+
+    Args:
+        prediction: what the model returned, shape (B, C, H, W) or (B, C, T, H, W).
+        target: what it should have returned, same shape.
+        prediction_type: ``"epsilon"``, ``"v_prediction"``, ``"flow"`` (the sign of v does not matter: the loss is a
+            square), or ``"sample"`` where both are clean latents already.
+        timesteps: shape (B,) or one number, on the 0..1000 scale. Not needed for ``"sample"`` outside ``own``.
+        alphas_cumprod: ᾱ, shape (1000,), for epsilon and v_prediction. Keep it on the device of ``timesteps``.
+        sigmas: the exact s of flow matching, shape (B,); ``timesteps / 1000`` where left out.
+        sample_weights: w_i, shape (B,), for instance the trainer's weights of regularisation images; 1 where left out.
+            They multiply the weights that ``config`` asks for (`batch_weights`).
+        mask: m, broadcastable to ``prediction``, for instance (B, 1, H, W). It multiplies the latents before they are
+            split.
+        config: the options. Its ``dist_match`` may be 0: the total is then 0, with a zero gradient.
+
+    Returns:
+        `FrequencyLoss` ``(total, low, high)``.
+
+    Raises:
+        TypeError: a tensor that is not floating point.
+        ValueError: shapes that do not fit, an unknown prediction type, a missing schedule, latents that are too small
+            for ``config.levels`` (`ConfigError`).
+
+    Example:
+        >>> config = FreqLossConfig(dist_match=0.003)
+        >>> prediction, target = torch.randn(4, 4, 64, 64, requires_grad=True), torch.randn(4, 4, 64, 64)
+        >>> loss = frequency_matching_loss(prediction, target, prediction_type="flow", timesteps=400, config=config)
+        >>> loss.total.backward()
+    """
+    _check_batch(prediction, target, config)
+    with torch.autocast(prediction.device.type, enabled=False):
+        dtype = computation_dtype(prediction, target)
+        residual = prediction.to(dtype) - target.to(dtype)
+        if mask is not None:
+            residual = residual * mask.to(dtype)
+        coefficients = _coefficients(
+            prediction_type, timesteps, alphas_cumprod, sigmas, sample_weights, config, residual
+        )
+        return _weigh(*_band_energies(_batch_sum(residual, coefficients), config), config)
+
+
+def reference_loss(
+    prediction: Tensor,
+    target: Tensor,
+    *,
+    noisy_latents: Tensor,
+    prediction_type: PredictionType,
+    timesteps: Tensor | float,
+    alphas_cumprod: Tensor | None = None,
+    sigmas: Tensor | None = None,
+    sample_weights: Tensor | None = None,
+    mask: Tensor | None = None,
+    config: FreqLossConfig,
+) -> FrequencyLoss:
+    """The formula at the top of `freq_loss_plugin.loss`, step by step: recover, decompose, sum, compare.
+
+    It is there to be read and to test `frequency_matching_loss` against; training never calls it. Arguments, results
+    and errors are those of `frequency_matching_loss`, and ``noisy_latents`` is x_t, of the shape of ``prediction``.
+    """
+    _check_batch(prediction, target, config)
+    dtype = computation_dtype(prediction, target)
+    weights = batch_weights(prediction_type, timesteps, alphas_cumprod, sigmas, sample_weights, config)
+
+    def band_sums(model_output: Tensor) -> Bands:
+        clean = recover_latent(
+            model_output.to(dtype), noisy_latents.to(dtype), timesteps, alphas_cumprod, prediction_type, sigmas=sigmas
+        )
+        masked = clean if mask is None else clean * mask.to(dtype)
+        bands = frequency_decomposition(masked, config.method, config.wavelet, config.levels, cutoff=config.cutoff)
+        return Bands(*(_weighted_sum(band, weights, config) for band in bands))
+
+    predicted, clean = band_sums(prediction), band_sums(target)
+    low = (predicted.low - clean.low).square().mean()
+    high = (predicted.high - clean.high).square().mean()
+    return _weigh(low, high, config)
+
+
+def batch_weights(
+    prediction_type: PredictionType,
+    timesteps: Tensor | float | None,
+    alphas_cumprod: Tensor | None,
+    sigmas: Tensor | None,
+    sample_weights: Tensor | None,
+    config: FreqLossConfig,
+) -> Tensor | float:
+    r"""w_i: the given sample weights times what ``config`` asks for; shape (B,), or a number that holds for all.
+
+    - ``sample_weights = "min_snr"``: min(SNR, γ)/SNR for epsilon and min(SNR, γ)/(SNR + 1) for v_prediction, with
+      SNR = ᾱ/(1 − ᾱ) (Hang et al. 2023, arXiv 2303.09556, in the form that sd-scripts uses).
+    - ``timesteps = "own"``: 1 where min_timestep ≤ t < max_timestep, otherwise 0.
+
+    Raises:
+        ValueError: min_snr for flow or sample, where it is not defined; a window without timesteps.
+    """
+    weights: Tensor | float = 1.0
+    if config.sample_weights == "min_snr":
+        weights = _min_snr_weights(prediction_type, timesteps, alphas_cumprod, config.min_snr_gamma)
+    if config.timesteps == "own":
+        weights = weights * _inside_window(timesteps, sigmas, config)
+    if sample_weights is not None:
+        weights = weights * sample_weights.flatten()
+    return weights
+
+
+def _min_snr_weights(
+    prediction_type: PredictionType, timesteps: Tensor | float | None, alphas_cumprod: Tensor | None, gamma: float
+) -> Tensor | float:
+    if prediction_type not in ("epsilon", "v_prediction"):
+        raise ValueError(
+            f"freq_loss_sample_weights = 'min_snr' is defined for epsilon and v_prediction, and this model predicts "
+            f"{prediction_type!r}; set freq_loss_sample_weights = 'none'"
+        )
+    alpha_bar = torch.as_tensor(select_alpha_bar(timesteps, alphas_cumprod, prediction_type), dtype=torch.float32)
+    snr = cast(Tensor, signal_to_noise(alpha_bar))
+    # For epsilon this is min(SNR, γ)/SNR, written so that it has its limit 1 where SNR is 0.
+    weights = (gamma / snr).clamp(max=1.0) if prediction_type == "epsilon" else snr.clamp(max=gamma) / (snr + 1)
+    return float(weights) if weights.ndim == 0 and weights.device.type == "cpu" else weights
+
+
+def _inside_window(timesteps: Tensor | float | None, sigmas: Tensor | None, config: FreqLossConfig) -> Tensor | float:
+    if timesteps is None:
+        if sigmas is None:
+            raise ValueError("freq_loss_timesteps = 'own' needs the timesteps of the batch, and got None")
+        timesteps = sigmas * NUM_TRAIN_TIMESTEPS
+    if not isinstance(timesteps, Tensor):
+        return float(config.min_timestep <= timesteps < config.max_timestep)
+    inside = (timesteps >= config.min_timestep) & (timesteps < config.max_timestep)
+    return inside.flatten().to(torch.float32)
+
+
+def _coefficients(
+    prediction_type: PredictionType,
+    timesteps: Tensor | float | None,
+    alphas_cumprod: Tensor | None,
+    sigmas: Tensor | None,
+    sample_weights: Tensor | None,
+    config: FreqLossConfig,
+    residual: Tensor,
+) -> Tensor | float:
+    """w_i·k_i over the reduction: what multiplies each sample's residual in D. A number where it holds for all."""
+    scale = residual_scale(prediction_type, timesteps, alphas_cumprod, sigmas)
+    weights = batch_weights(prediction_type, timesteps, alphas_cumprod, sigmas, sample_weights, config)
+    if isinstance(scale, Tensor):
+        scale = scale.to(device=residual.device, dtype=residual.dtype)
+    if isinstance(weights, Tensor):
+        weights = weights.to(device=residual.device, dtype=residual.dtype)
+        # A sample that weighs nothing adds nothing, even where k is infinite (epsilon at zero terminal SNR).
+        product: Tensor | float = torch.where(weights == 0, torch.zeros_like(weights), weights * scale)
+    else:
+        product = weights * scale if weights != 0 else 0.0
+    return product / residual.shape[0] if config.reduction == "mean" else product
+
+
+def _batch_sum(residual: Tensor, coefficients: Tensor | float) -> Tensor:
+    """D = Σ_i coefficients_i·residual_i, shape (C, H, W) or (C, T, H, W)."""
+    if not isinstance(coefficients, Tensor) or coefficients.ndim == 0:
+        return residual.sum(dim=0) * coefficients
+    return torch.tensordot(coefficients, residual, dims=1)
+
+
+def _weighted_sum(band: Tensor, weights: Tensor | float, config: FreqLossConfig) -> Tensor:
+    """Σ_i w_i·band_i, over the batch size where the reduction is the mean."""
+    if isinstance(weights, Tensor):
+        weights = weights.reshape(-1, *([1] * (band.ndim - 1))).to(device=band.device, dtype=band.dtype)
+    weighted: Tensor = band * weights
+    return weighted.mean(dim=0) if config.reduction == "mean" else weighted.sum(dim=0)
+
+
+def _band_energies(difference: Tensor, config: FreqLossConfig) -> tuple[Tensor, Tensor]:
+    """(L_low, L_high) of D: the mean squares of its two bands."""
+    if config.resolved_method == "wavelet":
+        low = wavelet_low_band(difference, config.wavelet, config.levels)
+        return low.square().mean(), (difference - low).square().mean()
+    height, width = difference.shape[-2:]
+    low_weights, high_weights = fft_energy_weights(height, width, config.cutoff, difference.device, difference.dtype)
+    spectrum = torch.view_as_real(torch.fft.rfft2(difference))
+    # |F|² summed over channels (and frames), per pixel of the latent because L_b is a mean.
+    power = spectrum.square().sum(dim=-1).flatten(end_dim=-3).sum(dim=0) / difference.numel()
+    return (power * low_weights).sum(), (power * high_weights).sum()
+
+
+def _weigh(low: Tensor, high: Tensor, config: FreqLossConfig) -> FrequencyLoss:
+    total = config.dist_match * (config.low_weight * low + config.high_weight * high)
+    return FrequencyLoss(total, low, high)
+
+
+def _check_batch(prediction: Tensor, target: Tensor, config: FreqLossConfig) -> None:
+    check_latent(prediction, "prediction")
+    check_latent(target, "target")
+    if prediction.shape != target.shape:
+        raise ValueError(
+            f"prediction has shape {tuple(prediction.shape)} and target {tuple(target.shape)}: expected the same shape"
+        )
+    config.check_size(prediction.shape[-2], prediction.shape[-1])

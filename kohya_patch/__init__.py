@@ -1,0 +1,34 @@
+"""The kohya-ss sd-scripts adapter: ``network_module = "kohya_patch"`` trains any LoRA with the frequency loss added.
+
+sd-scripts imports its network module by name and calls the two functions below. They make the network that the trainer
+would have made anyway and hang the loss on the running trainer (`kohya_patch.hook`); no file of sd-scripts changes.
+
+This module is also imported at the start of every Python process of the environment (`kohya_patch.startup`), so it
+imports nothing itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def create_network(*arguments: Any, **network_args: Any) -> Any:
+    """Make the wrapped network module's network and add the frequency loss to the training that asked for it.
+
+    Called by sd-scripts. ``arguments`` go to the wrapped module as they are, and so do the ``network_args`` that are
+    not options of the frequency loss.
+
+    Raises:
+        freq_loss_plugin.ConfigError: an option cannot be used as given.
+        kohya_patch.trainers.UnsupportedTrainerError: this sd-scripts lacks what the hook needs.
+    """
+    from . import network
+
+    return network.create_network(*arguments, **network_args)
+
+
+def create_network_from_weights(*arguments: Any, **network_args: Any) -> Any:
+    """As `create_network`, for a network whose dimensions come from a file. Returns ``(network, weights)``."""
+    from . import network
+
+    return network.create_network_from_weights(*arguments, **network_args)

@@ -1,0 +1,361 @@
+"""The loss hook: what happens in a training step of sd-scripts once ``network_module = "kohya_patch"`` is set.
+
+`LossHook.install` replaces five methods on the running trainer *object* (its class and sd-scripts' files stay as they
+are). The order of calls in one step:
+
+    process_batch                  the trainer's own, unchanged → base loss
+      get_noise_pred_and_target    the trainer's own; its arguments and results are kept
+    get_noise_pred_and_target      unified only: once more at one t for the batch, in a random stream of its own
+    frequency_matching_loss        added to the base loss
+    (backward, by sd-scripts)
+    all_reduce_network             before it: stop if the term was not finite; the weights are still untouched
+    (optimizer step, by sd-scripts)
+    generate_step_logs             the scalars join the trainer's
+
+Nothing in a step waits for the device: the scalars travel to the host behind the forward pass (`DeferredScalars`) and
+are read when sd-scripts has queued its backward pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from freq_loss_plugin import FreqLossConfig, FrequencyLoss, __version__, frequency_matching_loss
+from freq_loss_plugin.latents import PredictionType
+
+from . import report
+from .trainers import Training, UnsupportedTrainerError, at_one_timestep, first_step
+
+# sd-scripts casts its timesteps to the training dtype; bfloat16 has steps of 4 in 512..1000.
+_TIMESTEP_TOLERANCE = 4.0
+
+
+class NonFiniteLossError(RuntimeError):
+    """The frequency term became NaN or infinite; raised before the optimizer sees it."""
+
+
+class DeferredScalars:
+    """A few scalars on their way from the device to the host, without anyone waiting for them.
+
+    On CUDA they are copied into pinned memory behind the work already queued; `read` then waits for that copy alone,
+    not for what was queued after it.
+    """
+
+    def __init__(self, *scalars: Tensor) -> None:
+        self._values = torch.stack([scalar.detach().float() for scalar in scalars])
+        self._arrived: Any = None
+        if self._values.is_cuda:
+            on_host = torch.empty(self._values.shape, dtype=self._values.dtype, pin_memory=True)
+            self._values = on_host.copy_(self._values, non_blocking=True)
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrived.record()
+
+    def read(self) -> list[float]:
+        """The values as Python numbers."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._values.tolist()
+
+
+class _Pass(NamedTuple):
+    """One call of ``get_noise_pred_and_target``: what it was given and what it returned."""
+
+    arguments: inspect.BoundArguments
+    prediction: Tensor
+    target: Tensor
+    timesteps: Tensor
+
+
+class _Pending(NamedTuple):
+    """A term that is part of a loss, but whose numbers the host has not seen yet."""
+
+    scalars: DeferredScalars
+    prediction: Tensor
+    target: Tensor
+    timesteps: Tensor | float
+
+
+class LossHook:
+    """Adds the frequency term to every training batch of one training.
+
+    Args:
+        training: the running training; its trainer must have passed `trainers.check_trainer`.
+        config: the options. With ``dist_match = 0`` only the metadata are touched.
+        network_module: name of the module that made the network, for ``ss_network_module``.
+    """
+
+    def __init__(self, training: Training, config: FreqLossConfig, network_module: str) -> None:
+        self._trainer = training.trainer
+        self._args = training.args
+        self._family = training.family
+        self._config = config
+        self._network_module = network_module
+        self._prediction_type: PredictionType = training.family.prediction_type(training.args)
+        self._originals: dict[str, Any] = {}
+        self._signatures: dict[str, inspect.Signature] = {}
+        self._base_pass: _Pass | None = None
+        self._keep_pass = False
+        self._pending: list[_Pending] = []
+        self._share = report.ShareReport(training.args)
+        self._last_scalars: dict[str, float] = {}
+        self._schedules: dict[torch.device, Tensor] = {}
+        self._checked_sizes: set[tuple[int, int]] = set()
+        self._timestep_was_obeyed = False
+        self.step = first_step(training.args)
+        self._passes = self.step * (getattr(training.args, "gradient_accumulation_steps", None) or 1)
+
+    def install(self) -> None:
+        """Replace the methods on the trainer object; a hook of an earlier training on it is taken off first."""
+        earlier = vars(self._trainer).get("_freq_loss_hook")
+        if earlier is not None:
+            earlier.uninstall()
+        self._trainer._freq_loss_hook = self
+        replacements = {"update_metadata": self._update_metadata}
+        if self._config.enabled:
+            replacements |= {
+                "process_batch": self._process_batch,
+                "get_noise_pred_and_target": self._get_noise_pred_and_target,
+                "all_reduce_network": self._all_reduce_network,
+                "generate_step_logs": self._generate_step_logs,
+            }
+        for name, replacement in replacements.items():
+            self._originals[name] = getattr(self._trainer, name)
+            self._signatures[name] = inspect.signature(self._originals[name])
+            setattr(self._trainer, name, replacement)
+
+    def uninstall(self) -> None:
+        """Give the trainer its own methods back."""
+        for name in self._originals:
+            delattr(self._trainer, name)
+        self._originals.clear()
+        del self._trainer._freq_loss_hook
+
+    # What the trainer calls
+
+    def _process_batch(self, *arguments: Any, **named: Any) -> Tensor:
+        call = self._bind("process_batch", *arguments, **named)
+        if not call["is_train"] or call["args"] is not self._args:
+            # Validation stays comparable; and a trainer object that trains again may do so without the plug-in.
+            return self._originals["process_batch"](*arguments, **named)
+        self._keep_pass = True
+        base_loss = self._originals["process_batch"](*arguments, **named)
+        base_pass, self._base_pass, self._keep_pass = self._base_pass, None, False
+        if base_pass is None:
+            raise UnsupportedTrainerError(
+                f"{type(self._trainer).__name__}.process_batch did not call get_noise_pred_and_target, in which the "
+                "frequency loss finds the prediction; this sd-scripts is newer than this plug-in knows"
+            )
+        term = self._frequency_term(base_pass, base_loss, call)
+        return base_loss + term.total.to(base_loss.dtype)
+
+    def _get_noise_pred_and_target(self, *arguments: Any, **named: Any) -> Any:
+        results = self._originals["get_noise_pred_and_target"](*arguments, **named)
+        if self._keep_pass:
+            call = self._signatures["get_noise_pred_and_target"].bind(*arguments, **named)
+            self._base_pass = _Pass(call, *results[:3])
+        return results
+
+    def _all_reduce_network(self, *arguments: Any, **named: Any) -> Any:
+        self._settle()
+        self.step += 1
+        self._share.after_step(self.step)
+        return self._originals["all_reduce_network"](*arguments, **named)
+
+    def _generate_step_logs(self, *arguments: Any, **named: Any) -> Any:
+        logs = self._originals["generate_step_logs"](*arguments, **named)
+        self._settle()
+        return {**logs, **self._last_scalars}
+
+    def _update_metadata(self, *arguments: Any, **named: Any) -> Any:
+        result = self._originals["update_metadata"](*arguments, **named)
+        call = self._bind("update_metadata", *arguments, **named)
+        if call["args"] is not self._args:
+            return result
+        metadata = call["metadata"]
+        metadata["ss_network_module"] = self._network_module
+        if self._config.enabled:
+            metadata.update(self._config.metadata())
+            metadata["ss_freq_loss_network_module"] = self._network_module
+            metadata["ss_freq_loss_resolved_method"] = self._config.resolved_method
+            metadata["ss_freq_loss_version"] = __version__
+        return result
+
+    # The term
+
+    def _frequency_term(self, base_pass: _Pass, base_loss: Tensor, call: dict[str, Any]) -> FrequencyLoss:
+        """The frequency loss of this batch; its numbers join ``_pending``."""
+        batch, device = call["batch"], call["accelerator"].device
+        timesteps: Tensor | float
+        if self._config.timesteps == "unified":
+            timesteps, used = self._unified_pass(base_pass, call["accelerator"])
+        else:
+            used = base_pass
+            timesteps = used.timesteps.to(device) * self._family.timestep_scale
+        self._check_size(used.prediction)
+        term = frequency_matching_loss(
+            used.prediction,
+            used.target,
+            prediction_type=self._prediction_type,
+            timesteps=timesteps,
+            alphas_cumprod=self._schedule(call["noise_scheduler"], timesteps),
+            sample_weights=_loss_weights(batch, device),
+            mask=_mask(batch, self._args, used.prediction),
+            config=self._config,
+        )
+        scalars = DeferredScalars(base_loss, term.low, term.high, term.total)
+        self._pending.append(_Pending(scalars, used.prediction.detach(), used.target.detach(), timesteps))
+        return term
+
+    def _unified_pass(self, base_pass: _Pass, accelerator: Any) -> tuple[int, _Pass]:
+        """Run the trainer's own pass once more at one timestep for the batch.
+
+        t depends on the seed and the number of the pass only, so that all processes agree on it and a resumed training
+        continues the sequence; the noise differs between processes.
+        """
+        origin = f"freq_loss:{self._args.seed}:{self._passes}"
+        self._passes += 1
+        window = (self._config.min_timestep, self._config.max_timestep)
+        timestep = random.Random(origin).randrange(*window)
+        arguments = dict(base_pass.arguments.arguments)
+        arguments["args"] = at_one_timestep(arguments["args"], timestep)
+        with _separate_random_stream(f"{origin}:{accelerator.process_index}", accelerator.device):
+            call = inspect.BoundArguments(base_pass.arguments.signature, arguments)
+            results = self._originals["get_noise_pred_and_target"](*call.args, **call.kwargs)
+        if not self._timestep_was_obeyed:
+            self._check_timestep(results[2], timestep)
+        return timestep, _Pass(call, *results[:3])
+
+    def _schedule(self, noise_scheduler: Any, timesteps: Tensor | float) -> Tensor | None:
+        """ᾱ where the timesteps are: sd-scripts moves its own copy between CPU and GPU in every step."""
+        if self._family.prediction != "scheduler":
+            return None
+        device = timesteps.device if isinstance(timesteps, Tensor) else torch.device("cpu")
+        if device not in self._schedules:
+            schedule = getattr(noise_scheduler, "alphas_cumprod", None)
+            if schedule is None:
+                raise UnsupportedTrainerError(
+                    f"{type(self._trainer).__name__} uses {type(noise_scheduler).__name__}, which has no "
+                    "alphas_cumprod: it is not one of the trainers that kohya_patch knows how to read"
+                )
+            self._schedules[device] = schedule.detach().to(device=device, dtype=torch.float32)
+        return self._schedules[device]
+
+    def _check_size(self, latents: Tensor) -> None:
+        size = (latents.shape[-2], latents.shape[-1])
+        if size not in self._checked_sizes:
+            self._config.check_size(*size)
+            self._checked_sizes.add(size)
+
+    def _check_timestep(self, returned: Tensor, asked: int) -> None:
+        """Once per training: did the trainer really use the timestep that it was asked for?"""
+        found = (returned.detach().float() * self._family.timestep_scale).flatten().tolist()
+        if any(abs(timestep - asked) > _TIMESTEP_TOLERANCE for timestep in found):
+            raise UnsupportedTrainerError(
+                f"asked {type(self._trainer).__name__} for timestep {asked}, and got {found}: this sd-scripts draws "
+                "its timesteps in a way that kohya_patch does not know; set freq_loss_timesteps = 'own'"
+            )
+        self._timestep_was_obeyed = True
+
+    # What the user sees of it
+
+    def _settle(self) -> None:
+        """Read the scalars that have arrived since the last call.
+
+        Raises:
+            NonFiniteLossError: one of them is NaN or infinite.
+        """
+        for pending in self._pending:
+            base, low, high, total = pending.scalars.read()
+            if not _all_finite(low, high, total):
+                raise NonFiniteLossError(self._describe_failure(pending, base, low, high))
+            share = total / (base + total) if base + total else 0.0
+            self._share.add(share)
+            self._last_scalars = {
+                "loss/freq_low": low,
+                "loss/freq_high": high,
+                "loss/freq_total": total,
+                "loss/freq_share": share,
+            }
+        self._pending.clear()
+
+    def _describe_failure(self, pending: _Pending, base: float, low: float, high: float) -> str:
+        broken = not bool(pending.prediction.isfinite().all())
+        cause = (
+            "the model's own prediction is not finite, so the training had diverged or overflowed without this term: "
+            "lower the learning rate, use bf16 instead of fp16, or train the VAE's latents with no_half_vae"
+            if broken
+            else "the term overflowed: lower dist_match, or narrow the window (freq_loss_max_timestep)"
+        )
+        return (
+            f"the frequency loss is not finite in step {self.step + 1}: low = {low}, high = {high}, "
+            f"base loss = {base}, timesteps = {_shorten(pending.timesteps)}, "
+            f"prediction {_summary(pending.prediction)}, target {_summary(pending.target)}. Likely cause: {cause}. "
+            "The optimizer has not seen this step and nothing was saved with it; the last saved file is intact"
+        )
+
+    def _bind(self, name: str, *arguments: Any, **named: Any) -> dict[str, Any]:
+        bound = self._signatures[name].bind(*arguments, **named)
+        bound.apply_defaults()
+        return bound.arguments
+
+
+@contextmanager
+def _separate_random_stream(name: str, device: torch.device) -> Iterator[None]:
+    """Seed every generator that a pass may draw from after ``name``, and put them back as they were afterwards.
+
+    The states live on the host, so this does not wait for the device.
+    """
+    module = None if device.type == "cpu" else torch.get_device_module(device)
+    python_state, host_state = random.getstate(), torch.get_rng_state()
+    device_state = module.get_rng_state() if module else None
+    random.seed(name)
+    seed = random.getrandbits(63)
+    torch.default_generator.manual_seed(seed)
+    if module:
+        module.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        torch.set_rng_state(host_state)
+        if module:
+            module.set_rng_state(device_state)
+
+
+def _loss_weights(batch: Any, device: torch.device) -> Tensor | None:
+    """sd-scripts' weight of each sample: prior_loss_weight for regularisation images, otherwise 1."""
+    weights = batch.get("loss_weights")
+    return None if weights is None else weights.to(device, non_blocking=True)
+
+
+def _mask(batch: Any, args: argparse.Namespace, like: Tensor) -> Tensor | None:
+    """The mask by which sd-scripts multiplies its loss, at the size of the latents; None where it uses none."""
+    if not getattr(args, "masked_loss", False) and batch.get("alpha_masks") is None:
+        return None
+    from library.custom_train_functions import apply_masked_loss  # sd-scripts' own rule, so that both agree
+
+    ones = torch.ones(like.shape[0], 1, *like.shape[2:], device=like.device)
+    return apply_masked_loss(ones, batch)
+
+
+def _all_finite(*numbers: float) -> bool:
+    return all(abs(number) < float("inf") for number in numbers)
+
+
+def _shorten(timesteps: Tensor | float) -> str:
+    return str(timesteps.tolist() if isinstance(timesteps, Tensor) else timesteps)
+
+
+def _summary(tensor: Tensor) -> str:
+    finite = tensor[tensor.isfinite()].float()
+    largest = f"max |x| = {finite.abs().max().item():.4g}" if finite.numel() else "no finite value"
+    broken = tensor.numel() - finite.numel()
+    return f"{tuple(tensor.shape)} {tensor.dtype} ({largest}, {broken} of {tensor.numel()} not finite)"

@@ -1,0 +1,185 @@
+"""The network module that sd-scripts calls: reads the options, makes the wrapped network, attaches the hook."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import os
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+import toml
+
+from freq_loss_plugin import ConfigError, FreqLossConfig
+from freq_loss_plugin.config import SECTION, check_section, parse_strings
+
+from . import report
+from .hook import LossHook
+from .trainers import Family, Training, UnsupportedTrainerError, check_trainer, find_training
+
+OWN_NAME = "kohya_patch"
+
+
+def create_network(*arguments: Any, **network_args: Any) -> Any:
+    """See `kohya_patch.create_network`."""
+    training = find_training()
+    if training is None:
+        raise UnsupportedTrainerError(
+            "kohya_patch.create_network was called, but no training of sd-scripts is running: looked for a call of "
+            "NetworkTrainer.train and found none. Name kohya_patch as network_module of one of sd-scripts' "
+            "*train_network.py scripts"
+        )
+    config = check(training)
+    module = _wrapped_module(config, training.family)
+    network = module.create_network(*arguments, **_for_the_wrapped_module(network_args))
+    return _attach(network, training, config, module)
+
+
+def create_network_from_weights(*arguments: Any, **network_args: Any) -> Any:
+    """See `kohya_patch.create_network_from_weights`."""
+    training = find_training()
+    config = FreqLossConfig() if training is None else check(training)
+    family = None if training is None else training.family
+    module = _wrapped_module(config, family)
+    network, weights = module.create_network_from_weights(*arguments, **_for_the_wrapped_module(network_args))
+    # With for_inference the weights are merged into the model (base_weights) or used for pictures; nothing is trained.
+    if training is not None and not network_args.get("for_inference", False):
+        network = _attach(network, training, config, module)
+    return network, weights
+
+
+def check_before_models_load() -> None:
+    """Run `check` for the training that is just starting (see `kohya_patch.startup`)."""
+    training = find_training()
+    if training is not None:
+        check(training)
+
+
+def check(training: Training) -> FreqLossConfig:
+    """Read and validate everything that can be known before a batch is seen.
+
+    Raises:
+        ConfigError: an option, or its combination with the trainer's own options, cannot work.
+        UnsupportedTrainerError: the trainer lacks what the hook needs.
+    """
+    args, family = training.args, training.family
+    config = read_config(args)
+    _check_wrapped_name(_wrapped_name(config, family))
+    if config.enabled:
+        check_trainer(training.trainer)
+        _check_against_trainer(config, args, family)
+    return config
+
+
+def read_config(args: argparse.Namespace) -> FreqLossConfig:
+    """The options out of sd-scripts' arguments: the TOML's keys, over which ``network_args`` win.
+
+    sd-scripts flattens its TOML into ``args``, by which a key of ``[freq_loss]`` that is spelt like nothing known is
+    lost among its own; the section is therefore looked at once more in the file.
+    """
+    check_section(_toml_section(args))
+    values = dict(vars(args))
+    values.update(parse_strings(_own_options(_network_args(args))))
+    return FreqLossConfig.from_mapping(values)
+
+
+def _toml_section(args: argparse.Namespace) -> Mapping[str, Any]:
+    name = getattr(args, "config_file", None)
+    if not name:
+        return {}
+    # sd-scripts accepts the name with and without its ending, and strips it from args afterwards.
+    path = name if name.endswith(".toml") else f"{name}.toml"
+    if not os.path.exists(path):
+        return {}
+    section = toml.load(path).get(SECTION, {})
+    return section if isinstance(section, Mapping) else {}
+
+
+def _network_args(args: argparse.Namespace) -> dict[str, str]:
+    pairs = (item.partition("=") for item in getattr(args, "network_args", None) or [])
+    return {key: value for key, _, value in pairs}
+
+
+def _own_options(network_args: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries that are, or try to be, options of the frequency loss; the rest belongs to the wrapped module."""
+    return {key: value for key, value in network_args.items() if FreqLossConfig.claims(key)}
+
+
+def _for_the_wrapped_module(network_args: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in network_args.items() if not FreqLossConfig.claims(key)}
+
+
+def _wrapped_name(config: FreqLossConfig, family: Family | None) -> str:
+    return config.network_module or (family.network_module if family else "networks.lora")
+
+
+def _wrapped_module(config: FreqLossConfig, family: Family | None) -> ModuleType:
+    return importlib.import_module(_wrapped_name(config, family))
+
+
+def _check_wrapped_name(name: str) -> None:
+    key = f"freq_loss_network_module = {name!r}"
+    if name.split(".")[0] == OWN_NAME:
+        raise ConfigError(
+            f"{key}: kohya_patch cannot wrap itself; name the module to train, for instance networks.lora"
+        )
+    try:
+        found = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        found = None
+    if found is None:
+        raise ConfigError(
+            f"{key}: no such Python module; expected a network module that sd-scripts can import, for instance "
+            "networks.lora, networks.lora_flux, or lycoris.kohya (pip install lycoris_lora)"
+        )
+
+
+def _check_against_trainer(config: FreqLossConfig, args: argparse.Namespace, family: Family) -> None:
+    prediction_type = family.prediction_type(args)
+    if config.sample_weights == "min_snr" and family.prediction != "scheduler":
+        raise ConfigError(
+            f"freq_loss_sample_weights = 'min_snr': defined for epsilon and v-prediction, and {family.name} is a flow "
+            "model; set freq_loss_sample_weights = 'none'"
+        )
+    shape = getattr(args, "model_prediction_type", "raw")
+    if config.timesteps == "own" and family.prediction == "flow" and shape != "raw":
+        raise ConfigError(
+            f"freq_loss_timesteps = 'own' with model_prediction_type = {shape!r}: sd-scripts then compares a reshaped "
+            "prediction with a bare velocity, whose difference is no error of a latent; set model_prediction_type = "
+            "'raw' (what sd-scripts' guides recommend), or freq_loss_timesteps = 'unified'"
+        )
+    if config.timesteps == "unified" and getattr(args, "blocks_to_swap", None):
+        raise ConfigError(
+            f"freq_loss_timesteps = 'unified' with blocks_to_swap = {args.blocks_to_swap}: swapped blocks allow one "
+            "forward pass per backward pass, and unified needs two; set freq_loss_timesteps = 'own', or remove "
+            "blocks_to_swap"
+        )
+    last = config.max_timestep - 1
+    if getattr(args, "zero_terminal_snr", False) and prediction_type == "epsilon" and last == 999:
+        raise ConfigError(
+            f"freq_loss_max_timestep = {config.max_timestep} with zero_terminal_snr and epsilon prediction: at t = 999 "
+            "there is no signal left to recover a latent from; set freq_loss_max_timestep = 999 or less, or train with "
+            "v_parameterization"
+        )
+    resolution = _smallest_side(getattr(args, "resolution", None))
+    if resolution:
+        config.check_size(resolution // 8, resolution // 8)
+
+
+def _smallest_side(resolution: Any) -> int | None:
+    """The smaller side of ``resolution`` as sd-scripts spells it: 512, "512", "512,768" or a tuple; None if not."""
+    parts = resolution.split(",") if isinstance(resolution, str) else resolution
+    try:
+        return min(int(part) for part in (parts if isinstance(parts, (list, tuple)) else [parts]))
+    except (TypeError, ValueError):
+        return None  # sd-scripts will complain in its own words
+
+
+def _attach(network: Any, training: Training, config: FreqLossConfig, module: ModuleType) -> Any:
+    if network is None:
+        return None  # sd-scripts stops here by itself
+    LossHook(training, config, module.__name__).install()
+    report.announce(training, config, module.__name__)
+    return network
