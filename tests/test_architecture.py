@@ -1,0 +1,70 @@
+"""The tree keeps its shape: imports point inward, the public names are pinned, and version and changelog agree."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import freq_loss_plugin
+
+ROOT = Path(__file__).parent.parent
+ALLOWED = {"freq_loss_plugin": {"freq_loss_plugin"}, "kohya_patch": {"kohya_patch", "freq_loss_plugin"}}
+OURS = {"freq_loss_plugin", "kohya_patch", "nodes", "tests"}
+HOSTS = {"library", "networks", "train_network", "comfy", "accelerate"}
+
+
+def imported(file: Path) -> set[str]:
+    """Top-level names of the absolute imports anywhere in ``file``."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_imports_point_inward(package):
+    files = list((ROOT / package).rglob("*.py"))
+    assert files
+    for file in files:
+        assert imported(file) & OURS <= ALLOWED[package], file
+        if package == "freq_loss_plugin":
+            assert not imported(file) & HOSTS, file
+
+
+def test_public_names():
+    assert sorted(freq_loss_plugin.__all__) == [
+        "Bands",
+        "ConfigError",
+        "FreqLossConfig",
+        "FrequencyLoss",
+        "__version__",
+        "frequency_decomposition",
+        "frequency_matching_loss",
+        "recover_latent",
+        "reference_loss",
+    ]
+    for name in freq_loss_plugin.__all__:
+        assert getattr(freq_loss_plugin, name).__doc__
+
+
+def test_importing_the_network_module_imports_nothing_heavy():
+    code = "import sys, kohya_patch, kohya_patch.startup; print(sorted({'torch', 'pywt', 'numpy'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_importing_the_method_imports_no_optional_package():
+    code = "import sys, freq_loss_plugin; print(sorted({'pywt', 'pytorch_wavelets'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_changelog_begins_with_the_version():
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(r"^## (\S+)", changelog, re.MULTILINE).group(1) == freq_loss_plugin.__version__
