@@ -7,7 +7,8 @@ Both splits are linear and act on the last two dimensions only, so they commute 
 ``pytorch_wavelets.DWTForward`` / ``DWTInverse`` define it. The low band is the inverse of the approximation alone, the
 high band the inverse of all details alone, cropped to H×W where the inverse is one row or column larger. (Their sum is
 the input for every wavelet of PyWavelets but ``dmey``, a truncated filter that misses it by about 1%; the high band is
-taken as input − low, so that the bands always add up.) Rows and columns are transformed separately, so the low band of a picture X is
+taken as input − low, so that the bands always add up.) Rows and columns are transformed separately, so the low band of
+a picture X is
 
     low(X) = A_H · X · A_Wᵀ
 

@@ -84,9 +84,9 @@ def test_one_timestep_for_the_batch_equals_the_same_timestep_for_each():
 
 def test_errors_say_what_is_missing():
     x = torch.zeros(1, 1, 2, 2)
-    with pytest.raises(ValueError, match="alphas_cumprod.*noise_scheduler"):
+    with pytest.raises(ValueError, match=r"alphas_cumprod.*noise_scheduler"):
         recover_latent(x, x, 3, None, "epsilon")
-    with pytest.raises(ValueError, match="'eps'.*'epsilon'"):
+    with pytest.raises(ValueError, match=r"'eps'.*'epsilon'"):
         recover_latent(x, x, 3, ALPHAS, "eps")
     with pytest.raises(ValueError, match="timesteps or sigmas"):
         residual_scale("flow", None)

@@ -181,7 +181,7 @@ def test_min_snr_weights_are_those_of_sd_scripts():
             prediction, target, sample_weights=torch.tensor(weights), config=FreqLossConfig(), **common
         )
         torch.testing.assert_close(found, explicit)
-    with pytest.raises(ValueError, match="min_snr.*'flow'"):
+    with pytest.raises(ValueError, match=r"min_snr.*'flow'"):
         frequency_matching_loss(
             prediction,
             target,

@@ -1,6 +1,6 @@
 """Makes what a real sd-scripts run needs and no test may download: a model, a tokenizer and photos.
 
-Also a program: ``python tests/sd_scripts/material.py FOLDER [--full-size]`` writes ``FOLDER/model``,
+Also a program: ``python tests/sd_scripts_host/material.py FOLDER [--full-size]`` writes ``FOLDER/model``,
 ``FOLDER/tokenizers`` and ``FOLDER/photos``.
 """
 

@@ -9,9 +9,11 @@ returns is saved to FILE (and FILE.1, FILE.2, ... in further processes), for the
 
 from __future__ import annotations
 
+import atexit
 import functools
 import os
 import runpy
+import site
 import sys
 from pathlib import Path
 
@@ -25,7 +27,10 @@ def main() -> None:
     os.chdir(script.parent)
     sys.path.insert(0, str(script.parent))
     sys.argv = [str(script), *arguments[1:]]
+    # Reads the .pth file there, as Python does with those in site-packages: the working tree needs no installation.
+    site.addsitedir(str(Path(__file__).resolve().parents[2] / "kohya_patch"))
     _narrow_unet()
+    _leave_frozen_models_unwrapped()
     if record:
         _record_passes(record)
     runpy.run_path(str(script), run_name="__main__")
@@ -41,6 +46,21 @@ def _narrow_unet() -> None:
     original_unet.TIME_EMBED_DIM = widths[0] * 4
 
 
+def _leave_frozen_models_unwrapped() -> None:
+    """On several GPUs, accelerate wraps only models with trainable parameters for DDP; on several CPUs it wraps all."""
+    import accelerate
+
+    prepare_model = accelerate.Accelerator.prepare_model
+
+    @functools.wraps(prepare_model)
+    def prepare(self, model, *positional, **named):
+        if self.num_processes == 1 or any(parameter.requires_grad for parameter in model.parameters()):
+            return prepare_model(self, model, *positional, **named)
+        return model.to(self.device)
+
+    accelerate.Accelerator.prepare_model = prepare
+
+
 def _record_passes(record: str) -> None:
     """Wrap the class methods when the trainer starts, below anything that the plug-in puts on the object."""
     import torch
@@ -51,30 +71,29 @@ def _record_passes(record: str) -> None:
 
     def start_recording(args):
         trainer_class = type(sys._getframe(1).f_locals["self"])
+        if not hasattr(trainer_class, "process_batch"):
+            return verify(args)
         get_pass, process = trainer_class.get_noise_pred_and_target, trainer_class.process_batch
+        inside_process_batch = False
 
         @functools.wraps(get_pass)
         def get_noise_pred_and_target(self, *positional, **named):
             results = get_pass(self, *positional, **named)
-            prediction, target, timesteps, _ = results
-            events.append(
-                {
-                    "kind": "pass",
-                    "prediction": prediction.detach().clone(),
-                    "target": target.detach().clone(),
-                    "timesteps": timesteps.detach().clone(),
-                    "is_train": named.get("is_train", True),
-                }
-            )
+            event = dict(zip(("prediction", "target", "timesteps"), results[:3], strict=True))
+            event = {key: tensor.detach().clone() for key, tensor in event.items()}
+            is_train = bool(named.get("is_train", True))
+            events.append({"kind": "pass", "extra": not inside_process_batch, "is_train": is_train, **event})
             return results
 
         @functools.wraps(process)
         def process_batch(self, batch, *positional, **named):
+            nonlocal inside_process_batch
+            inside_process_batch = True
             loss = process(self, batch, *positional, **named)
-            kept = {
-                key: batch[key] for key in ("loss_weights", "alpha_masks", "image_keys") if batch.get(key) is not None
-            }
-            events.append({"kind": "base_loss", "loss": loss.detach().clone(), **kept})
+            inside_process_batch = False
+            kept = {key: batch[key] for key in ("loss_weights", "alpha_masks") if batch.get(key) is not None}
+            is_train = bool(named.get("is_train", True))
+            events.append({"kind": "base_loss", "is_train": is_train, "loss": loss.detach().clone(), **kept})
             return loss
 
         trainer_class.get_noise_pred_and_target = get_noise_pred_and_target
@@ -82,9 +101,6 @@ def _record_passes(record: str) -> None:
         return verify(args)
 
     train_util.verify_training_args = start_recording
-
-    import atexit
-
     rank = int(os.environ.get("RANK", "0"))
     atexit.register(lambda: torch.save(events, f"{record}.{rank}" if rank else record))
 

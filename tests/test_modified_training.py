@@ -1,0 +1,362 @@
+"""Real trainings: an unmodified sd-scripts, run by its own script on an SD1.5-shaped model and real photos."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import hosts
+import numpy as np
+import oracle
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent / "sd_scripts_host"))
+
+pytestmark = pytest.mark.host
+
+ALPHAS = oracle.stable_diffusion_alphas_cumprod()
+
+
+@pytest.fixture(scope="session")
+def material(tmp_path_factory):
+    hosts.sd_scripts()
+    folder = tmp_path_factory.mktemp("material")
+    subprocess.run(
+        [sys.executable, str(Path(__file__).parent / "sd_scripts_host" / "material.py"), str(folder), "--size", "64"],
+        check=True,
+        capture_output=True,
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sd_scripts(material):
+    from runs import SdScripts
+
+    return SdScripts(hosts.sd_scripts(), material)
+
+
+@pytest.fixture(scope="session")
+def plain(sd_scripts, tmp_path_factory):
+    """sd-scripts without the plug-in."""
+    run = sd_scripts.train(tmp_path_factory.mktemp("plain"))
+    assert run.returncode == 0, run.output
+    return run
+
+
+@pytest.fixture(scope="session")
+def unified(sd_scripts, tmp_path_factory):
+    """The two lines of the README: nothing but the network module and dist_match."""
+    run = sd_scripts.train(tmp_path_factory.mktemp("unified"), freq_loss={"dist_match": 0.003})
+    assert run.returncode == 0, run.output
+    return run
+
+
+def assert_same_weights(left, right):
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+def assert_scalars_are_the_formula(
+    run, *, dist_match, bands=oracle.wavelet_bands, prediction_type="epsilon", alphas=ALPHAS, weigh=None, rank=0
+):
+    """Every ``loss/freq_*`` of the run, recomputed in float64 from the recorded predictions and targets."""
+    batches = run.batches(rank)
+    assert len(batches) == len(run.scalars["loss/freq_low"]) > 0
+    for index, batch in enumerate(batches):
+        used = batch.get("extra", batch["base"])
+        prediction, target = (used[key].double().numpy() for key in ("prediction", "target"))
+        timesteps = used["timesteps"].tolist()
+        weights = batch["loss_weights"].double().numpy()
+        if weigh is not None:
+            weights = weights * [weigh(t) for t in timesteps]
+        mask = None
+        if "alpha_masks" in batch:
+            size = prediction.shape[-2:]
+            mask = torch.nn.functional.interpolate(batch["alpha_masks"].double()[:, None], size, mode="area").numpy()
+        low, high = oracle.loss(
+            prediction,
+            target,
+            np.zeros_like(prediction),
+            prediction_type=prediction_type,
+            timesteps=timesteps,
+            alphas_cumprod=alphas,
+            weights=weights,
+            bands=bands,
+            mask=mask,
+        )
+        total = dist_match * (0.7 * low + 0.3 * high)
+        base = batch["loss"].item()
+        expected = {"freq_low": low, "freq_high": high, "freq_total": total, "freq_share": total / (base + total)}
+        for name, value in expected.items():
+            assert run.scalars[f"loss/{name}"][index] == pytest.approx(value, rel=2e-5), (index, name)
+        assert run.scalars["loss/current"][index] == pytest.approx(base + total, rel=1e-6)
+
+
+def test_off_is_bit_identical_to_sd_scripts_without_the_plugin(sd_scripts, plain, tmp_path):
+    off = sd_scripts.train(tmp_path, freq_loss={"dist_match": 0})
+    assert off.returncode == 0, off.output
+    assert_same_weights(off.lora, plain.lora)
+    assert off.scalars == plain.scalars
+    assert off.metadata["ss_network_module"] == "networks.lora"
+    assert not [key for key in off.metadata if key.startswith("ss_freq_loss")]
+    assert "dist_match = 0" in off.output
+
+
+def test_on_adds_the_formula_and_leaves_the_base_pass_alone(plain, unified):
+    assert_scalars_are_the_formula(unified, dist_match=0.003)
+    drawn = []
+    for batch, untouched in zip(unified.batches(), plain.batches(), strict=True):
+        # The target is the noise: the base pass sees the same noise and timesteps as without the plug-in.
+        assert torch.equal(batch["base"]["target"], untouched["base"]["target"])
+        assert torch.equal(batch["base"]["timesteps"], untouched["base"]["timesteps"])
+        assert not torch.equal(batch["extra"]["target"], batch["base"]["target"])
+        (timestep,) = set(batch["extra"]["timesteps"].tolist())
+        drawn.append(timestep)
+    assert all(200 <= timestep < 600 for timestep in drawn)
+    assert len(set(drawn)) > 1
+    assert any(not torch.equal(unified.lora[name], plain.lora[name]) for name in plain.lora)
+
+
+def test_the_file_is_an_ordinary_lora_that_says_how_it_was_trained(plain, unified):
+    assert unified.lora.keys() == plain.lora.keys()
+    assert unified.metadata["ss_network_module"] == "networks.lora"
+    assert unified.metadata["ss_freq_loss_dist_match"] == "0.003"
+    assert unified.metadata["ss_freq_loss_resolved_method"] == "wavelet"
+    from freq_loss_plugin import FreqLossConfig, __version__
+
+    assert unified.metadata["ss_freq_loss_version"] == __version__
+    assert FreqLossConfig().metadata().keys() <= unified.metadata.keys()
+
+
+def test_says_at_the_start_what_it_does_and_later_how_much(unified):
+    output = " ".join(unified.output.split())
+    assert output.count("on for SD1.x / SD2.x (prediction type epsilon)") == 1
+    assert "freq_loss_method = wavelet freq_loss_wavelet = db3 freq_loss_levels = 2" in output
+    assert "cost: one extra forward and backward pass per batch" in output
+    # After the last step here, because the run is shorter than 50.
+    assert "up to step 4 the frequency" in output
+    assert "too little to act; multiply" in output.replace("dist_match by", "dist_match by")
+
+
+def test_own_timesteps_with_everything_that_meets_the_hook(sd_scripts, material, tmp_path):
+    """v-prediction, zero terminal SNR, min-SNR, FFT, regularisation images, alpha masks and accumulation at once."""
+    import material as make
+
+    make.make_photos(tmp_path / "masked", 64, alpha=True)
+    run = sd_scripts.train(
+        tmp_path / "run",
+        freq_loss={
+            "dist_match": 0.05,
+            "freq_loss_timesteps": "own",
+            "freq_loss_method": "fft",
+            "freq_loss_min_timestep": 100,
+            "freq_loss_max_timestep": 950,
+            "freq_loss_sample_weights": "min_snr",
+        },
+        train_data_dir=str(tmp_path / "masked"),
+        reg_data_dir=str(material / "photos"),
+        prior_loss_weight=0.5,
+        alpha_mask=True,
+        gradient_accumulation_steps=2,
+        max_train_steps=3,
+        v_parameterization=True,
+        zero_terminal_snr=True,
+        min_snr_gamma=5.0,
+    )
+    assert run.returncode == 0, run.output
+    alphas = ALPHAS**0.5
+    alphas = ((alphas - alphas[-1]) * alphas[0] / (alphas[0] - alphas[-1])) ** 2
+
+    def weigh(timestep):
+        snr = alphas[timestep] / (1 - alphas[timestep])
+        return float(100 <= timestep < 950) * min(snr, 5.0) / (snr + 1)
+
+    batches = run.batches()
+    assert len(batches) == 6
+    assert all("extra" not in batch for batch in batches)
+    assert any((batch["loss_weights"] == 0.5).any() for batch in batches)
+    assert all("alpha_masks" in batch for batch in batches)
+    assert_scalars_are_the_formula(
+        run, dist_match=0.05, bands=oracle.fft_bands, prediction_type="v_prediction", alphas=alphas, weigh=weigh
+    )
+
+
+def test_bf16_with_gradient_checkpointing_and_text_encoder(sd_scripts, tmp_path):
+    run = sd_scripts.train(
+        tmp_path,
+        freq_loss={"dist_match": 0.01},
+        mixed_precision="bf16",
+        gradient_checkpointing=True,
+        text_encoder_lr=[1e-3],
+        max_train_steps=3,
+    )
+    assert run.returncode == 0, run.output
+    prediction = run.batches()[0]["extra"]["prediction"]
+    assert torch.equal(prediction, prediction.bfloat16().to(prediction.dtype))
+    assert_scalars_are_the_formula(run, dist_match=0.01)
+    text_encoder = [tensor for name, tensor in run.lora.items() if name.startswith("lora_te") and "lora_up" in name]
+    assert any(tensor.abs().sum() > 0 for tensor in text_encoder)
+
+
+def test_two_processes_draw_the_same_timestep_and_other_noise(sd_scripts, tmp_path):
+    run = sd_scripts.train(tmp_path, freq_loss={"dist_match": 0.01}, processes=2, max_train_steps=2)
+    assert run.returncode == 0, run.output
+    assert_scalars_are_the_formula(run, dist_match=0.01)
+    assert run.output.count("on for SD1.x / SD2.x") == 1
+    for first, second in zip(run.batches(0), run.batches(1), strict=True):
+        assert torch.equal(first["extra"]["timesteps"], second["extra"]["timesteps"])
+        assert not torch.equal(first["extra"]["target"], second["extra"]["target"])
+
+
+def test_continues_from_weights(sd_scripts, plain, tmp_path):
+    settings = {"network_weights": str(plain.folder / "lora.safetensors"), "dim_from_weights": True}
+    continued = sd_scripts.train(tmp_path / "plain", max_train_steps=2, **settings)
+    off = sd_scripts.train(tmp_path / "off", freq_loss={"dist_match": 0}, max_train_steps=2, **settings)
+    on = sd_scripts.train(tmp_path / "on", freq_loss={"dist_match": 0.01}, max_train_steps=2, **settings)
+    for run in (continued, off, on):
+        assert run.returncode == 0, run.output
+    assert_same_weights(off.lora, continued.lora)
+    assert_scalars_are_the_formula(on, dist_match=0.01)
+
+
+def test_base_weights_are_merged_without_a_hook(sd_scripts, plain, tmp_path):
+    settings = {"base_weights": [str(plain.folder / "lora.safetensors")], "max_train_steps": 2}
+    merged = sd_scripts.train(tmp_path / "plain", **settings)
+    off = sd_scripts.train(tmp_path / "off", freq_loss={"dist_match": 0}, **settings)
+    assert off.returncode == merged.returncode == 0, off.output
+    assert off.output.count("off (dist_match = 0)") == 1
+    assert_same_weights(off.lora, merged.lora)
+
+
+def test_validation_is_that_of_sd_scripts(sd_scripts, tmp_path):
+    """At a learning rate of nearly 0 the predictions stay, so the validation losses must agree to the last bit."""
+    settings = {"learning_rate": 1e-30, "validation_split": 0.34, "validate_every_n_steps": 1, "max_train_steps": 2}
+    without = sd_scripts.train(tmp_path / "plain", **settings)
+    on = sd_scripts.train(tmp_path / "on", freq_loss={"dist_match": 0.5}, **settings)
+    for run in (without, on):
+        assert run.returncode == 0, run.output
+    names = [name for name in without.scalars if "validation" in name and "average" in name]
+    assert names
+    for name in names:
+        assert on.scalars[name] == without.scalars[name]
+    assert on.scalars["loss/current"] != without.scalars["loss/current"]
+
+
+def test_resuming_continues_the_sequence_of_timesteps_and_noise(sd_scripts, tmp_path):
+    settings = {"save_every_n_steps": 2, "save_state": True, "max_train_steps": 4}
+    whole = sd_scripts.train(tmp_path / "whole", freq_loss={"dist_match": 0.01}, **settings)
+    state = tmp_path / "whole" / "lora-step00000002-state"
+    assert state.is_dir(), whole.output
+    resumed = sd_scripts.train(tmp_path / "resumed", freq_loss={"dist_match": 0.01}, resume=str(state), **settings)
+    assert resumed.returncode == 0, resumed.output
+    for late, first in zip(whole.batches()[2:], resumed.batches(), strict=False):
+        assert torch.equal(late["extra"]["timesteps"], first["extra"]["timesteps"])
+        assert torch.equal(late["extra"]["target"], first["extra"]["target"])
+
+
+def test_a_diverging_training_stops_and_the_last_file_stays_whole(sd_scripts, tmp_path):
+    run = sd_scripts.train(
+        tmp_path, freq_loss={"dist_match": 0.003}, learning_rate=1e30, save_every_n_steps=1, max_train_steps=5
+    )
+    assert run.returncode != 0
+    message = run.output[run.output.index("NonFiniteLossError") :]
+    for words in ("is not finite in step 2", "timesteps =", "of 512 not finite", "lower the learning rate", "intact"):
+        assert words in message
+    assert [path.name for path in tmp_path.glob("*.safetensors")] == ["lora-step00000001.safetensors"]
+    from safetensors.torch import load_file
+
+    saved = load_file(tmp_path / "lora-step00000001.safetensors")
+    assert all(tensor.isfinite().all() for tensor in saved.values())
+
+
+@pytest.mark.parametrize(
+    ("freq_loss", "arguments", "words"),
+    [
+        ({"method": "fft"}, (), ["method: unknown option in [freq_loss]", "Did you mean freq_loss_method?"]),
+        ({}, ("--network_args", "dist_match=much"), ["dist_match = 'much'", "a number"]),
+        ({"freq_loss_network_module": "networks.lorra"}, (), ["'networks.lorra'", "no such Python module"]),
+        ({"freq_loss_levels": 4}, (), ["freq_loss_levels = 4", "8 × 8", "freq_loss_levels = 3"]),
+    ],
+    ids=["section", "network_args", "module", "size"],
+)
+def test_wrong_options_stop_before_any_model_is_loaded(sd_scripts, tmp_path, freq_loss, arguments, words):
+    run = sd_scripts.train(tmp_path, *arguments, freq_loss=freq_loss)
+    assert run.returncode != 0
+    for word in words:
+        assert word in run.output
+    assert "load Diffusers pretrained models" not in run.output
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_options_on_the_command_line_win_and_the_rest_reaches_the_wrapped_module(sd_scripts, tmp_path):
+    run = sd_scripts.train(
+        tmp_path,
+        "--network_args",
+        "dist_match=0.02",
+        "freq_loss_timesteps=own",
+        "conv_dim=2",
+        freq_loss={"dist_match": 0.5},
+        max_train_steps=1,
+    )
+    assert run.returncode == 0, run.output
+    assert run.metadata["ss_freq_loss_dist_match"] == "0.02"
+    assert run.metadata["ss_freq_loss_timesteps"] == "own"
+    # conv_dim makes networks.lora train the 3×3 convolutions of the ResNet blocks, too.
+    assert any("resnets_0_conv1" in name for name in run.lora)
+
+
+def test_another_network_module_is_wrapped(sd_scripts, tmp_path):
+    pytest.importorskip("lycoris")
+    run = sd_scripts.train(
+        tmp_path,
+        "--network_args",
+        "algo=loha",
+        "preset=attn-only",
+        freq_loss={"dist_match": 0.01, "freq_loss_network_module": "lycoris.kohya"},
+        max_train_steps=2,
+    )
+    assert run.returncode == 0, run.output
+    assert any("hada_w1_a" in name for name in run.lora)
+    assert run.metadata["ss_network_module"] == "lycoris.kohya"
+    assert_scalars_are_the_formula(run, dist_match=0.01)
+
+
+def archived(commit, folder):
+    """An older sd-scripts out of the checkout's own history."""
+    folder.mkdir(parents=True)
+    source = hosts.sd_scripts()
+    found = subprocess.run(["git", "-C", source, "cat-file", "-e", f"{commit}^{{commit}}"], capture_output=True)
+    if found.returncode:
+        pytest.skip(f"the checkout of sd-scripts has no history back to {commit}")
+    archive = subprocess.run(
+        ["git", "-C", source, "archive", commit, "train_network.py", "library", "networks"],
+        check=True,
+        capture_output=True,
+    )
+    subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
+    return folder
+
+
+@pytest.mark.parametrize("commit", ["d0b5c0e5", "6edbe005"])
+def test_older_sd_scripts_work_unchanged(material, tmp_path, commit):
+    from runs import SdScripts
+
+    older = SdScripts(archived(commit, tmp_path / "sd-scripts"), material)
+    run = older.train(tmp_path / "run", freq_loss={"dist_match": 0.01}, max_train_steps=2)
+    assert run.returncode == 0, run.output
+    assert_scalars_are_the_formula(run, dist_match=0.01)
+
+
+def test_sd_scripts_without_the_hook_points_is_refused_before_any_model_is_loaded(material, tmp_path):
+    from runs import SdScripts
+
+    ancient = SdScripts(archived("v0.9.1", tmp_path / "sd-scripts"), material)
+    run = ancient.train(tmp_path / "run", freq_loss={"dist_match": 0.01})
+    assert run.returncode != 0
+    for words in ("looked for the method process_batch in NetworkTrainer", "v0.9.1 and older", "git pull"):
+        assert words in run.output
+    assert "load Diffusers pretrained models" not in run.output
