@@ -1,0 +1,165 @@
+"""Installs the plug-in.
+
+    python install.py --sd-scripts PATH           install for sd-scripts; use the Python that runs sd-scripts
+    python install.py --sd-scripts PATH --check   report only; exit status 1 where something is missing
+    python install.py                             what the ComfyUI Manager runs after it has cloned the pack
+
+Safe to run again, and after every update of the plug-in. Nothing is written below PATH.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib.metadata
+import importlib.util
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+DISTRIBUTION = "freq-loss-plugin"
+TOML_LINES = """\
+    network_module = "kohya_patch"      # was "networks.lora"
+
+    [freq_loss]
+    dist_match = 0.003
+"""
+
+
+def main() -> int:
+    """Parse the command line and do what it says; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sd-scripts", type=Path, metavar="PATH", help="the folder with train_network.py")
+    parser.add_argument("--check", action="store_true", help="change nothing, only report")
+    options = parser.parse_args()
+    if options.sd_scripts is None:
+        if options.check:
+            parser.error("--check needs --sd-scripts PATH")
+        return install_for_comfyui()
+    return install_for_sd_scripts(options.sd_scripts.expanduser(), check_only=options.check)
+
+
+def install_for_comfyui() -> int:
+    """Install what is missing of requirements.txt; silent, and offline, where nothing is."""
+    if importlib.util.find_spec("pytorch_wavelets") and importlib.util.find_spec("pywt"):
+        return 0
+    done = _pip("install", "--quiet", "-r", str(ROOT / "requirements.txt"))
+    if done:
+        print(
+            "freq_loss_plugin: pytorch_wavelets could not be installed; wavelet bands will be FFT bands until you run: "
+            f"{sys.executable} -m pip install -r {ROOT / 'requirements.txt'}"
+        )
+    return 0  # without the wavelet package everything else works
+
+
+def install_for_sd_scripts(path: Path, *, check_only: bool) -> int:
+    """Install the plug-in into this Python and report on the checkout at ``path``."""
+    problems = _check_python() or check_checkout(path)
+    if not problems and not check_only:
+        print(f"installing the plug-in for {sys.executable}")
+        if _pip("install", "--quiet", str(ROOT)):
+            problems = ["pip failed; its message is above"]
+    problems = problems or _check_installation(path)
+    print(f"Python       {sys.version.split()[0]} at {sys.executable}")
+    print(f"sd-scripts   {path}{_commit(path)}")
+    print(f"plug-in      {_installed_version() or 'not installed'}")
+    if problems:
+        print("\nNot ready:")
+        print("\n".join(f"  - {problem}" for problem in problems))
+        return 1
+    print(f"\nReady. In the TOML that you train with (--config_file):\n\n{TOML_LINES}")
+    print("Train as always. A training that is set up wrongly stops with a message before any model is loaded.")
+    return 0
+
+
+def check_checkout(path: Path) -> list[str]:
+    """What is wrong with the checkout, in sentences; reads files and runs nothing of it."""
+    script = path / "train_network.py"
+    if not script.is_file():
+        return [f"{path} has no train_network.py: expected the folder of kohya-ss' sd-scripts, in which you train"]
+    sys.path.insert(0, str(ROOT))
+    from kohya_patch.trainers import NEEDED, WORKING_VERSIONS
+
+    methods = _methods(script, "NetworkTrainer")
+    missing = [name for name in NEEDED if name not in methods]
+    missing += [
+        f"{parameter} of {name}"
+        for name, parameters in NEEDED.items()
+        for parameter in parameters
+        if name in methods and parameter not in methods[name]
+    ]
+    if not missing:
+        return []
+    return [
+        f"{script}: looked for {', '.join(NEEDED)} in NetworkTrainer, and found no {', '.join(missing)}. "
+        f"Works with {WORKING_VERSIONS}. Update it: git -C {path} pull"
+    ]
+
+
+def _methods(script: Path, class_name: str) -> dict[str, list[str]]:
+    """Names and parameters of the methods of a class, read from its source."""
+    tree = ast.parse(script.read_text(encoding="utf-8"))
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name]
+    functions = [node for found in classes for node in found.body if isinstance(node, ast.FunctionDef)]
+    return {
+        function.name: [argument.arg for argument in function.args.args + function.args.kwonlyargs]
+        for function in functions
+    }
+
+
+def _check_python() -> list[str]:
+    if sys.version_info < (3, 10):
+        return [f"Python {sys.version.split()[0]}: the plug-in and sd-scripts need 3.10 or newer"]
+    missing = [name for name in ("torch", "accelerate", "diffusers", "toml") if importlib.util.find_spec(name) is None]
+    if not missing:
+        return []
+    return [
+        f"{sys.executable} has no {', '.join(missing)}: this is not the Python that runs sd-scripts. Activate its "
+        "virtual environment (for instance: source venv/bin/activate) and run install.py again"
+    ]
+
+
+def _check_installation(path: Path) -> list[str]:
+    """Import the installed plug-in as sd-scripts will, from its folder, and make bands with it."""
+    if _installed_version() is None:
+        return ["the plug-in is not installed for this Python; run install.py without --check"]
+    code = (
+        "import torch, kohya_patch.network, freq_loss_plugin as f; "
+        "f.frequency_decomposition(torch.randn(1, 4, 8, 8)); print(f.FreqLossConfig().resolved_method)"
+    )
+    where = path if path.is_dir() else None
+    done = subprocess.run([sys.executable, "-B", "-c", code], cwd=where, capture_output=True, text=True)
+    if done.returncode:
+        return [f"the installed plug-in does not import: {done.stderr.strip().splitlines()[-1]}"]
+    if done.stdout.split() != ["wavelet"]:
+        return ["the wavelet library is missing, FFT bands would be used: pip install pytorch_wavelets PyWavelets"]
+    return []
+
+
+def _installed_version() -> str | None:
+    try:
+        return importlib.metadata.version(DISTRIBUTION)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit(path: Path) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(path), "log", "-1", "--format= at commit %h of %cs"], capture_output=True, text=True
+    )
+    return done.stdout.rstrip("\n") if done.returncode == 0 else ""
+
+
+def _pip(*arguments: str) -> int:
+    """Run pip of this Python, or uv where the environment was made without pip."""
+    command = [sys.executable, "-m", "pip", *arguments]
+    uv = shutil.which("uv")
+    if importlib.util.find_spec("pip") is None and uv:
+        command = [uv, "pip", arguments[0], "--python", sys.executable, *arguments[1:]]
+    return subprocess.run(command, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,403 @@
+"""Every trainer class of sd-scripts, its real `process_batch` and all, with a stand-in for the denoiser.
+
+And what the hook checks before and while it works: combinations that cannot work, trainers it does not know, and terms
+that are not finite.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import logging
+import sys
+from pathlib import Path
+
+import hosts
+import numpy as np
+import oracle
+import pytest
+import torch
+
+from freq_loss_plugin import ConfigError, FreqLossConfig
+from kohya_patch import network, report
+from kohya_patch.hook import DeferredScalars, LossHook, NonFiniteLossError
+from kohya_patch.trainers import (
+    FAMILIES,
+    Training,
+    UnsupportedTrainerError,
+    at_one_timestep,
+    check_trainer,
+    find_training,
+    first_step,
+)
+
+HOST_FOLDER = Path(__file__).parent / "sd_scripts_host"
+NAMES = ["sd15", "sdxl", "sd3", "flux", "lumina", "hunyuan_image", "anima"]
+PREDICTION = {"sd15": "epsilon", "sdxl": "epsilon", "sd3": "sample"}
+ALPHAS = oracle.stable_diffusion_alphas_cumprod()
+
+# The host's own warnings are none of this project's business.
+pytestmark = pytest.mark.filterwarnings("default")
+
+
+@pytest.fixture(scope="module")
+def stand_ins():
+    path = hosts.sd_scripts()
+    sys.path[:0] = [str(path), str(HOST_FOLDER)]
+    level = logging.getLogger().level
+    import stand_ins
+
+    yield stand_ins
+    for entry in (str(path), str(HOST_FOLDER)):
+        sys.path.remove(entry)
+    logging.getLogger().setLevel(level)
+
+
+def install(stand_in, config):
+    hook = LossHook(Training(stand_in.trainer, stand_in.args), config, "networks.lora")
+    hook.install()
+    return hook
+
+
+def expected_bands(stand_in, used, *, window=None):
+    """(L_low, L_high) of a recorded pass by the oracle."""
+    name = FAMILIES[type(stand_in.trainer).__name__].name
+    prediction, target, timesteps = used
+    scale = 1000 if name == "Anima" else 1
+    timesteps = [float(t) * scale for t in timesteps]
+    prediction_type = {"SD3": "sample", "SD1.x / SD2.x": "epsilon", "SDXL": "epsilon"}.get(name, "flow")
+    weights = stand_in.batch["loss_weights"].numpy()
+    if window:
+        weights = weights * [window[0] <= t < window[1] for t in timesteps]
+    return oracle.loss(
+        prediction.double().numpy(),
+        target.double().numpy(),
+        np.zeros(prediction.shape),
+        prediction_type=prediction_type,
+        timesteps=timesteps,
+        alphas_cumprod=ALPHAS,
+        weights=weights,
+        bands=oracle.wavelet_bands,
+    )
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("name", NAMES)
+def test_unified_adds_the_formula_of_an_extra_pass_at_one_timestep(stand_ins, name):
+    stand_in = stand_ins.make(name)
+    base = stand_in.process_batch()
+    base_pass = stand_in.passes[0]
+    config = FreqLossConfig(dist_match=0.1)
+    install(stand_in, config)
+    for _ in range(3):
+        loss = stand_in.process_batch()
+        first, extra = stand_in.passes
+        for seen, untouched in zip(first, base_pass, strict=True):
+            assert torch.equal(seen, untouched)
+        timesteps = extra[2].float() * (1000 if name == "anima" else 1)
+        assert timesteps.max() - timesteps.min() < 1e-3
+        assert 200 <= timesteps[0].round() < 600
+        # Hunyuan reports s·1000 cut to a whole number, which can be one below the timestep that was used.
+        low, high = expected_bands(stand_in, extra)
+        tolerance = 0.02 if name == "hunyuan_image" else 1e-5
+        assert (loss - base).item() == pytest.approx(0.1 * (0.7 * low + 0.3 * high), rel=tolerance)
+    (gradient,) = torch.autograd.grad(loss, stand_in.denoiser.mix)
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("name", NAMES)
+def test_own_adds_the_formula_of_the_base_pass(stand_ins, name):
+    stand_in = stand_ins.make(name)
+    stand_in.batch["loss_weights"] = torch.tensor([1.0, 0.5, 1.0])
+    base = stand_in.process_batch()
+    window = (50, 950)
+    config = FreqLossConfig(dist_match=0.1, timesteps="own", min_timestep=window[0], max_timestep=window[1])
+    install(stand_in, config)
+    stand_in.denoiser.calls = 0
+    loss = stand_in.process_batch()
+    assert stand_in.denoiser.calls == len(stand_in.passes) == 1
+    low, high = expected_bands(stand_in, stand_in.passes[0], window=window)
+    assert low > 0
+    assert (loss - base).item() == pytest.approx(0.1 * (0.7 * low + 0.3 * high), rel=1e-4)
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("name", NAMES)
+def test_validation_and_other_trainings_are_left_alone(stand_ins, name):
+    stand_in = stand_ins.make(name)
+    base = stand_in.process_batch(is_train=False)
+    install(stand_in, FreqLossConfig(dist_match=0.1))
+    assert torch.equal(stand_in.process_batch(is_train=False), base)
+    stand_in.args = argparse.Namespace(**vars(stand_in.args))  # the same trainer object, a training of its own
+    assert torch.equal(stand_in.process_batch(), base)
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("name", ["flux", "lumina", "hunyuan_image"])
+@pytest.mark.parametrize("shape", ["additive", "sigma_scaled"])
+def test_unified_reads_the_bare_velocity_however_the_base_loss_reshapes_it(stand_ins, name, shape):
+    raw, reshaped = stand_ins.make(name), stand_ins.make(name, model_prediction_type=shape)
+    for stand_in in (raw, reshaped):
+        install(stand_in, FreqLossConfig(dist_match=0.1))
+        stand_in.process_batch()
+    assert torch.equal(raw.passes[1][0], reshaped.passes[1][0])
+    assert not torch.equal(raw.passes[0][0], reshaped.passes[0][0])
+
+
+@pytest.mark.host
+def test_float16_autocast_with_a_gradient_scaler(stand_ins):
+    """What a GPU does under fp16: the scaled gradient, unscaled, is the float32 gradient up to half precision."""
+    gradients, predictions = {}, {}
+    for half in (False, True):
+        stand_in = stand_ins.make("sd15")
+        scaler = torch.amp.GradScaler("cpu", enabled=half, init_scale=2.0**10)
+        stand_in.accelerator.autocast = lambda: torch.autocast("cpu", dtype=torch.float16, enabled=half)  # noqa: B023
+        install(stand_in, FreqLossConfig(dist_match=0.1))
+        optimizer = torch.optim.SGD(stand_in.denoiser.parameters(), lr=0.0)
+        scaler.scale(stand_in.process_batch()).backward()
+        if half:
+            scaler.unscale_(optimizer)
+        predictions[half] = stand_in.passes[1][0]
+        gradients[half] = stand_in.denoiser.mix.grad.clone()
+    error = (gradients[True] - gradients[False]).norm() / gradients[False].norm()
+    assert error < 5e-3
+    assert not torch.equal(predictions[True], predictions[False])
+
+
+@pytest.mark.host
+def test_differential_output_preservation(stand_ins):
+    """sd-scripts replaces the targets of some samples by the untrained model's output; the term follows."""
+    stand_in = stand_ins.make("sd15")
+    stand_in.batch["custom_attributes"] = [{"diff_output_preservation": True}, {}, {}]
+    multipliers = []
+    networks = argparse.Namespace(set_multiplier=multipliers.append)
+    call_unet = stand_in.trainer.call_unet
+
+    def call_unet_of_a_network(args, accelerator, unet, noisy, timesteps, *rest, indices=None, **named):
+        if indices is not None:
+            noisy, timesteps = noisy[indices], timesteps[indices]
+        return call_unet(args, accelerator, unet, noisy, timesteps, *rest, **named)
+
+    stand_in.trainer.call_unet = call_unet_of_a_network
+    original = stand_in.trainer.process_batch
+    stand_in.trainer.process_batch = functools.wraps(original)(
+        lambda batch, encoders, unet, _, *rest, **named: original(batch, encoders, unet, networks, *rest, **named)
+    )
+    base = stand_in.process_batch()
+    install(stand_in, FreqLossConfig(dist_match=0.1))
+    loss = stand_in.process_batch()
+    prediction, target, _ = stand_in.passes[1]
+    assert torch.equal(prediction[0], target[0])
+    assert not torch.equal(prediction[1], target[1])
+    low, high = expected_bands(stand_in, stand_in.passes[1])
+    assert (loss - base).item() == pytest.approx(0.1 * (0.7 * low + 0.3 * high), rel=1e-4)
+    assert multipliers == [0.0, 1.0] * 3
+
+
+@pytest.mark.host
+def test_a_term_that_is_not_finite_stops_before_the_optimizer(stand_ins):
+    stand_in = stand_ins.make("sd15")
+    hook = install(stand_in, FreqLossConfig(dist_match=0.1))
+    stand_in.process_batch()
+    stand_in.trainer.all_reduce_network(stand_in.accelerator, stand_in.denoiser)
+    with torch.no_grad():
+        stand_in.denoiser.mix[0, 0] = float("nan")
+    stand_in.process_batch()
+    with pytest.raises(NonFiniteLossError, match=r"step 2.*base loss = nan.*timesteps = \d+.*not finite.*intact"):
+        stand_in.trainer.all_reduce_network(stand_in.accelerator, stand_in.denoiser)
+    assert hook.step == 1
+
+
+@pytest.mark.host
+def test_a_trainer_that_ignores_the_timestep_is_refused(stand_ins):
+    stand_in = stand_ins.make("sd15")
+    original = stand_in.trainer.get_noise_pred_and_target
+
+    @functools.wraps(original)
+    def stubborn(args, *rest, **named):
+        return original(argparse.Namespace(**{**vars(args), "min_timestep": 900, "max_timestep": 900}), *rest, **named)
+
+    stand_in.trainer.get_noise_pred_and_target = stubborn
+    install(stand_in, FreqLossConfig(dist_match=0.1))
+    with pytest.raises(UnsupportedTrainerError, match=r"asked NetworkTrainer for timestep \d+.*900.*'own'"):
+        stand_in.process_batch()
+
+
+@pytest.mark.host
+def test_uninstalling_gives_the_trainer_back(stand_ins):
+    stand_in = stand_ins.make("sdxl")
+    base = stand_in.process_batch()
+    hook = install(stand_in, FreqLossConfig(dist_match=0.1))
+    assert not torch.equal(stand_in.process_batch(), base)
+    hook.uninstall()
+    assert "process_batch" not in vars(stand_in.trainer)
+    assert torch.equal(stand_in.process_batch(), base)
+    # A second training on the same object replaces the first hook instead of stacking on it.
+    install(stand_in, FreqLossConfig(dist_match=0.1))
+    once = stand_in.process_batch()
+    install(stand_in, FreqLossConfig(dist_match=0.1))
+    assert torch.equal(stand_in.process_batch(), once)
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("name", NAMES)
+def test_no_option_of_sd_scripts_looks_like_one_of_ours(stand_ins, name):
+    args = stand_ins.make(name).args
+    assert FreqLossConfig.from_mapping(args) == FreqLossConfig()
+
+
+@pytest.mark.host
+@pytest.mark.parametrize(
+    ("name", "settings", "words"),
+    [
+        ("flux", {"freq_loss_sample_weights": "min_snr"}, ["'min_snr'", "FLUX / Chroma is a flow", "'none'"]),
+        ("sd3", {"freq_loss_sample_weights": "min_snr"}, ["'min_snr'", "SD3 is a flow"]),
+        (
+            "flux",
+            {"freq_loss_timesteps": "own", "model_prediction_type": "sigma_scaled"},
+            ["'own'", "'sigma_scaled'", "model_prediction_type = 'raw'", "'unified'"],
+        ),
+        ("flux", {"blocks_to_swap": 10}, ["'unified'", "blocks_to_swap = 10", "'own'"]),
+        (
+            "sd15",
+            {"zero_terminal_snr": True, "freq_loss_max_timestep": 1000},
+            ["freq_loss_max_timestep = 1000", "zero_terminal_snr", "v_parameterization"],
+        ),
+        ("sd15", {"freq_loss_network_module": "kohya_patch"}, ["cannot wrap itself", "networks.lora"]),
+        ("sd15", {"freq_loss_network_module": "nonsense.lora"}, ["'nonsense.lora'", "no such Python module"]),
+        ("sd15", {"resolution": "16,64", "freq_loss_levels": 2}, ["freq_loss_levels = 2", "2 × 2"]),
+        ("sd15", {"network_args": ["freq_loss_metod=fft"]}, ["freq_loss_metod", "Did you mean freq_loss_method?"]),
+        ("sd15", {"network_args": ["dist_match=none"]}, ["dist_match = 'none'", "a number"]),
+        ("sd15", {"guidance_token": 8.0}, ["guidance_token", "not part of this version"]),
+    ],
+)
+def test_combinations_that_cannot_work_are_refused(stand_ins, name, settings, words):
+    stand_in = stand_ins.make(name, **settings)
+    with pytest.raises(ConfigError) as caught:
+        network.check(Training(stand_in.trainer, stand_in.args))
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("name", NAMES)
+def test_every_trainer_passes_the_check_and_names_its_own_lora(stand_ins, name):
+    stand_in = stand_ins.make(name)
+    training = Training(stand_in.trainer, stand_in.args)
+    assert network.check(training).enabled
+    path = hosts.sd_scripts() / (training.family.network_module.replace(".", "/") + ".py")
+    assert path.is_file()
+
+
+# Without sd-scripts
+
+
+class NetworkTrainer:
+    """Just the outside of sd-scripts' class of that name."""
+
+    def process_batch(self, batch, noise_scheduler, accelerator, args, is_train=True): ...
+
+    def get_noise_pred_and_target(self, args, latents, is_train=True): ...
+
+    def all_reduce_network(self, accelerator, network): ...
+
+    def generate_step_logs(self): ...
+
+    def update_metadata(self, metadata, args): ...
+
+    def train(self, args):
+        return find_training()
+
+
+def test_the_training_is_found_on_the_stack_and_nowhere_else():
+    trainer, args = NetworkTrainer(), argparse.Namespace()
+    found = trainer.train(args)
+    assert found.trainer is trainer
+    assert found.args is args
+    assert find_training() is None
+    with pytest.raises(UnsupportedTrainerError, match="no training of sd-scripts is running"):
+        network.create_network(1.0, 4, 4, None, None, None)
+
+
+@pytest.mark.parametrize("missing", ["process_batch", "get_noise_pred_and_target", "all_reduce_network"])
+def test_a_missing_method_is_named(missing):
+    outdated = type("NetworkTrainer", (NetworkTrainer,), {missing: None})
+    with pytest.raises(UnsupportedTrainerError, match=rf"method {missing} .*v0\.9\.1 and older.*git pull"):
+        check_trainer(outdated())
+
+
+def test_a_missing_parameter_is_named():
+    class Moved(NetworkTrainer):
+        def get_noise_pred_and_target(self, args, clean, is_train=True): ...
+
+    with pytest.raises(UnsupportedTrainerError, match=r"parameter latents of .*found .*\(args, clean, is_train\)"):
+        check_trainer(Moved())
+    check_trainer(NetworkTrainer())
+
+
+def test_subclasses_belong_to_the_nearest_family():
+    flux = type("FluxNetworkTrainer", (NetworkTrainer,), {})
+    special = type("MyFluxTrainer", (flux,), {})
+    assert Training(special(), argparse.Namespace()).family.name == "FLUX / Chroma"
+    assert Training(NetworkTrainer(), argparse.Namespace()).family.name == "SD1.x / SD2.x"
+
+
+@pytest.mark.parametrize("timestep", [0, 1, 200, 599, 999])
+def test_one_timestep_by_the_flow_trainers_own_formula(timestep):
+    args = argparse.Namespace(min_timestep=None, max_timestep=None, timestep_sampling="sigma", untouched=5)
+    fixed = at_one_timestep(args, timestep)
+    x = torch.sigmoid(fixed.sigmoid_scale * torch.randn(4))
+    sigma = x * fixed.discrete_flow_shift / (1 + (fixed.discrete_flow_shift - 1) * x)
+    torch.testing.assert_close(sigma, torch.full((4,), timestep / 1000), rtol=1e-5, atol=1e-7)
+    assert fixed.min_timestep == fixed.max_timestep == timestep
+    assert args.min_timestep is None
+    assert fixed.untouched == 5
+
+
+def test_the_first_step_of_a_resumed_training(tmp_path):
+    (tmp_path / "train_state.json").write_text('{"current_epoch": 2, "current_step": 40}')
+    assert first_step(argparse.Namespace()) == 0
+    assert first_step(argparse.Namespace(resume=str(tmp_path))) == 40
+    assert first_step(argparse.Namespace(resume=str(tmp_path / "elsewhere"))) == 0
+    assert first_step(argparse.Namespace(resume=str(tmp_path), initial_step=7)) == 7
+
+
+def test_deferred_scalars_are_the_scalars():
+    assert DeferredScalars(torch.tensor(1.5), torch.tensor(2.5, dtype=torch.bfloat16)).read() == [1.5, 2.5]
+
+
+@pytest.mark.parametrize(
+    ("share", "level", "words"),
+    [
+        (0.005, logging.WARNING, "too little to act; multiply dist_match by 22"),
+        (0.1, logging.INFO, "10.00% of the loss on average"),
+        (0.8, logging.WARNING, "more than the base loss"),
+    ],
+)
+def test_the_share_is_told_once_after_fifty_steps(caplog, share, level, words):
+    pytest.importorskip("accelerate")
+    caplog.set_level(logging.INFO, logger="kohya_patch")
+    shares = report.ShareReport(argparse.Namespace(max_train_steps=1000))
+    for step in range(1, 120):
+        shares.add(share)
+        shares.after_step(step)
+        assert len(caplog.records) == (step >= 50)
+    assert caplog.records[0].levelno == level
+    assert words in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "trainer", "words"),
+    [
+        ({}, {"min_timestep": 0, "max_timestep": 1000}, None),
+        ({}, {}, None),
+        ({}, {"max_timestep": 400}, "the extra pass trains timesteps that the base loss leaves alone"),
+        ({"timesteps": "own"}, {"max_timestep": 400}, "only 200..400 of it is ever drawn"),
+        ({"timesteps": "own"}, {"min_timestep": 700}, "the term is always 0"),
+        ({"dist_match": 0}, {"min_timestep": 700}, None),
+    ],
+)
+def test_a_window_outside_the_trainers_own_is_told(options, trainer, words):
+    warnings = report._window_warnings(FreqLossConfig(**options), argparse.Namespace(**trainer))
+    assert (not warnings) if words is None else words in warnings[0]
