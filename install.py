@@ -110,7 +110,7 @@ def _methods(script: Path, class_name: str) -> dict[str, list[str]]:
 
 
 def _check_python() -> list[str]:
-    if sys.version_info < (3, 10):
+    if sys.version_info < (3, 10):  # noqa: UP036 - pip has not been asked yet
         return [f"Python {sys.version.split()[0]}: the plug-in and sd-scripts need 3.10 or newer"]
     missing = [name for name in ("torch", "accelerate", "diffusers", "toml") if importlib.util.find_spec(name) is None]
     if not missing:

@@ -1,0 +1,89 @@
+"""README, examples and docstrings say what the code does."""
+
+from __future__ import annotations
+
+import dataclasses
+import doctest
+import importlib
+import re
+from pathlib import Path
+
+import hosts
+import pytest
+import toml
+
+from freq_loss_plugin import FreqLossConfig
+from kohya_patch.trainers import FAMILIES
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXAMPLES = sorted((ROOT / "examples").glob("*.toml"))
+
+
+def test_the_table_of_options_is_complete_and_its_defaults_are_right():
+    rows = dict(re.findall(r"^\| `(\w+)` \| `([^`]*)` \|", README, re.MULTILINE))
+    defaults = {option.name: option.default for option in dataclasses.fields(FreqLossConfig)}
+    keys = {key: name for key, name in FreqLossConfig.fields_by_key().items() if key != "min_snr_gamma"}
+    assert rows.keys() == keys.keys()
+    for key, shown in rows.items():
+        default = defaults[keys[key]]
+        as_toml = toml.dumps({"x": default}).strip().removeprefix("x = ") if default is not None else "as the trainer"
+        assert shown == as_toml
+
+
+def test_every_choice_is_named_in_the_table():
+    for option in dataclasses.fields(FreqLossConfig):
+        for choice in option.metadata["choices"] or ():
+            assert f"`{choice}`" in README
+
+
+@pytest.mark.parametrize("module", ["bands", "latents", "loss", "config"])
+def test_examples_in_docstrings_run(module):
+    import torch
+
+    loaded = importlib.import_module(f"freq_loss_plugin.{module}")
+    result = doctest.testmod(loaded, extraglobs={"torch": torch})
+    assert result.failed == 0
+
+
+def test_there_is_an_example_for_every_family():
+    modules = {
+        line for example in EXAMPLES for line in re.findall(r'# was "([\w.]+)"', example.read_text(encoding="utf-8"))
+    }
+    assert modules == {family.network_module for family in FAMILIES.values()}
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_are_valid(example):
+    config = toml.load(example)
+    assert config["training"]["network_module"] == "kohya_patch"
+    flat = {key: value for section in config.values() for key, value in section.items()}
+    assert FreqLossConfig.from_mapping(flat).enabled
+
+
+def test_the_sd15_example_has_the_values_of_the_first_description():
+    config = toml.load(ROOT / "examples" / "sd15.toml")
+    assert config["training"]["network_dim"] == 4
+    assert config["data"]["resolution"] == "512,512"
+    assert config["data"]["train_batch_size"] == 4
+    assert config["training"]["min_snr_gamma"] == 5.0
+    assert FreqLossConfig.from_mapping({"freq_loss": config["freq_loss"]}) == FreqLossConfig()
+
+
+@pytest.mark.host
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_use_no_key_that_their_trainer_does_not_know(example, monkeypatch):
+    monkeypatch.syspath_prepend(str(hosts.sd_scripts()))
+    text = example.read_text(encoding="utf-8")
+    script = re.search(r"accelerate launch (\w+)\.py", text).group(1)
+    known = vars(importlib.import_module(script).setup_parser().parse_args([])).keys()
+    for section in toml.loads(text).values():
+        assert section.keys() <= known | FreqLossConfig.fields_by_key().keys()
+
+
+def test_links_between_the_documents_lead_somewhere():
+    for document in ("README.md", "ARCHITECTURE.md"):
+        text = (ROOT / document).read_text(encoding="utf-8")
+        for target in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (ROOT / target).exists(), (document, target)
