@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from freq_loss_plugin import FreqLossConfig, _wavelets, frequency_matching_loss
+from freq_loss_plugin import FreqLossConfig, frequency_matching_loss, wavelet_library
 
 SHAPES = [(4, 4, 64, 64), (4, 4, 128, 128), (32, 4, 64, 64), (4, 16, 256, 256)]
 TIMESTEP = 400
@@ -50,7 +50,7 @@ def formula(split: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Callable[[Tenso
 
 
 def library_wavelet(device: torch.device) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    library = _wavelets.load()
+    library = wavelet_library.load()
     forward = library.DWTForward(J=2, wave="db3", mode="zero").to(device)
     inverse = library.DWTInverse(wave="db3", mode="zero").to(device)
 

@@ -29,7 +29,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from . import _wavelets
+from . import wavelet_library
 
 Method = Literal["wavelet", "fft"]
 METHODS: tuple[str, ...] = get_args(Method)
@@ -110,7 +110,7 @@ def resolve_method(method: str) -> Method:
     if method != "wavelet":
         raise ValueError(f"method = {method!r}: expected one of {', '.join(map(repr, METHODS))}")
     try:
-        _wavelets.load()
+        wavelet_library.load()
     except ImportError as error:
         _warn_fallback(str(error))
         return "fft"
@@ -121,7 +121,7 @@ def resolve_method(method: str) -> Method:
 def _warn_fallback(reason: str) -> None:
     warnings.warn(
         f"pytorch_wavelets cannot be imported ({reason}): the wavelet bands fall back to FFT bands. "
-        f"To get them, run: {_wavelets.INSTALL_HINT}",
+        f"To get them, run: {wavelet_library.INSTALL_HINT}",
         stacklevel=4,
     )
 
@@ -138,7 +138,7 @@ def wavelet_low_pass(n: int, wavelet: str, levels: int, device: torch.device, dt
         ValueError: PyWavelets does not know ``wavelet``.
     """
     check_wavelet(wavelet)
-    library = _wavelets.load()
+    library = wavelet_library.load()
     # A tensor made under inference_mode could never be used for training afterwards, and this one outlives the caller.
     with torch.inference_mode(False), torch.no_grad():
         forward = library.DWT1DForward(J=levels, wave=wavelet, mode="zero")
@@ -165,7 +165,7 @@ def _use_exact_filters(forward: torch.nn.Module, inverse: torch.nn.Module, wavel
 
 def check_wavelet(wavelet: str) -> None:
     """Raise ValueError, naming the nearest wavelets, unless PyWavelets knows ``wavelet``."""
-    known = _wavelets.discrete_wavelets()
+    known = wavelet_library.discrete_wavelets()
     if wavelet in known:
         return
     import difflib

@@ -107,7 +107,6 @@ class LossHook:
         self._share = report.ShareReport(training.args)
         self._last_scalars: dict[str, float] = {}
         self._schedules: dict[torch.device, Tensor] = {}
-        self._checked_sizes: set[tuple[int, int]] = set()
         self._timestep_was_obeyed = False
         self.step = first_step(training.args)
         self._passes = self.step * (getattr(training.args, "gradient_accumulation_steps", None) or 1)
@@ -133,8 +132,10 @@ class LossHook:
 
     def uninstall(self) -> None:
         """Give the trainer its own methods back."""
-        for name in self._originals:
+        for name, original in self._originals.items():
             delattr(self._trainer, name)
+            if getattr(self._trainer, name) != original:  # it had one of its own, not its class
+                setattr(self._trainer, name, original)
         self._originals.clear()
         del self._trainer._freq_loss_hook
 
@@ -142,11 +143,14 @@ class LossHook:
 
     def _process_batch(self, *arguments: Any, **named: Any) -> Tensor:
         call = self._bind("process_batch", *arguments, **named)
-        if not call["is_train"] or call["args"] is not self._args:
-            # Validation stays comparable; and a trainer object that trains again may do so without the plug-in.
-            return self._originals["process_batch"](*arguments, **named)
+        original = self._originals["process_batch"]
+        if call["args"] is not self._args:
+            self.uninstall()  # the trainer object has been given another training
+            return original(*arguments, **named)
+        if not call["is_train"]:
+            return original(*arguments, **named)
         self._keep_pass = True
-        base_loss = self._originals["process_batch"](*arguments, **named)
+        base_loss = original(*arguments, **named)
         base_pass, self._base_pass, self._keep_pass = self._base_pass, None, False
         if base_pass is None:
             raise UnsupportedTrainerError(
@@ -199,7 +203,6 @@ class LossHook:
         else:
             used = base_pass
             timesteps = used.timesteps.to(device) * self._family.timestep_scale
-        self._check_size(used.prediction)
         term = frequency_matching_loss(
             used.prediction,
             used.target,
@@ -247,12 +250,6 @@ class LossHook:
                 )
             self._schedules[device] = schedule.detach().to(device=device, dtype=torch.float32)
         return self._schedules[device]
-
-    def _check_size(self, latents: Tensor) -> None:
-        size = (latents.shape[-2], latents.shape[-1])
-        if size not in self._checked_sizes:
-            self._config.check_size(*size)
-            self._checked_sizes.add(size)
 
     def _check_timestep(self, returned: Tensor, asked: int) -> None:
         """Once per training: did the trainer really use the timestep that it was asked for?"""

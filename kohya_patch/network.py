@@ -67,8 +67,8 @@ def check(training: Training) -> FreqLossConfig:
     args, family = training.args, training.family
     config = read_config(args)
     _check_wrapped_name(_wrapped_name(config, family))
+    check_trainer(training.trainer)
     if config.enabled:
-        check_trainer(training.trainer)
         _check_against_trainer(config, args, family)
     return config
 

@@ -7,7 +7,7 @@ import logging
 from dataclasses import fields
 
 from freq_loss_plugin import FreqLossConfig, __version__
-from freq_loss_plugin._wavelets import INSTALL_HINT
+from freq_loss_plugin.wavelet_library import INSTALL_HINT
 
 from .trainers import Training
 

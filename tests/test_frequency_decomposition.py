@@ -10,7 +10,7 @@ import oracle
 import pytest
 import torch
 
-from freq_loss_plugin import _wavelets, bands, frequency_decomposition
+from freq_loss_plugin import bands, frequency_decomposition, wavelet_library
 
 SIZES = [(2, 2), (2, 5), (5, 3), (7, 113), (16, 16), (31, 40), (64, 64), (113, 7)]
 WAVELETS = ["db3", "haar", "sym5", "bior2.4"]
@@ -31,7 +31,7 @@ def test_wavelet_bands_are_those_of_pywavelets(size, wavelet, levels):
 def test_every_discrete_wavelet_works_and_only_dmey_is_no_perfect_reconstruction():
     latents = torch.randn(1, 1, 16, 16, dtype=torch.float64)
     imperfect = []
-    for wavelet in _wavelets.discrete_wavelets():
+    for wavelet in wavelet_library.discrete_wavelets():
         low, high = frequency_decomposition(latents, "wavelet", wavelet, 1)
         expected_low, expected_high = oracle.wavelet_bands(latents.numpy(), wavelet, 1)
         np.testing.assert_allclose(low.numpy(), expected_low, atol=1e-10)
@@ -43,7 +43,7 @@ def test_every_discrete_wavelet_works_and_only_dmey_is_no_perfect_reconstruction
 
 @pytest.mark.parametrize("size", [(64, 64), (31, 40), (13, 24)], ids=str)
 def test_wavelet_bands_are_those_of_pytorch_wavelets_in_two_dimensions(size):
-    library = _wavelets.load()
+    library = wavelet_library.load()
     latents = torch.randn(2, 4, *size)
     forward, inverse = library.DWTForward(J=2, wave="db3", mode="zero"), library.DWTInverse(wave="db3", mode="zero")
     approximation, details = forward(latents)
@@ -181,11 +181,11 @@ sys.meta_path.insert(0, Hide())
 import importlib.util
 real_find_spec = importlib.util.find_spec
 importlib.util.find_spec = lambda name, package=None: None if name == "pkg_resources" else real_find_spec(name, package)
-from freq_loss_plugin import _wavelets
-library = _wavelets.load()
+from freq_loss_plugin import wavelet_library
+library = wavelet_library.load()
 print(library.__version__, "pkg_resources" in sys.modules)
 # The dual-tree coefficients are what pytorch_wavelets wants pkg_resources for; they must be readable, too.
 print(library.DTCWTForward(J=2).h0o.numel() > 0)
 """
     )
-    assert output.split() == [_wavelets.load().__version__, "False", "True"]
+    assert output.split() == [wavelet_library.load().__version__, "False", "True"]

@@ -232,7 +232,9 @@ def test_uninstalling_gives_the_trainer_back(stand_ins):
     assert not torch.equal(stand_in.process_batch(), base)
     hook.uninstall()
     assert "process_batch" not in vars(stand_in.trainer)
+    stand_in.passes.clear()
     assert torch.equal(stand_in.process_batch(), base)
+    assert len(stand_in.passes) == 1  # the recorder that was on the object before the hook is back
     # A second training on the same object replaces the first hook instead of stacking on it.
     install(stand_in, FreqLossConfig(dist_match=0.1))
     once = stand_in.process_batch()
