@@ -23,7 +23,8 @@ _FIRST_CALL = "verify_training_args"
 
 def watch() -> None:
     """Wait for sd-scripts; called by the .pth file in a process that runs one of its training scripts."""
-    sys.meta_path.insert(0, _Watcher())
+    if not any(isinstance(finder, _Watcher) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Watcher())
 
 
 class _Watcher:
