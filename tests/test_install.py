@@ -112,11 +112,12 @@ def test_the_wheel_holds_the_two_packages_and_the_startup_file_and_nothing_else(
 
 
 def test_the_startup_file_does_nothing_in_other_programs():
-    code = (
-        f"import site, sys; site.addsitedir({str(ROOT / 'kohya_patch')!r}); print('kohya_patch.startup' in sys.modules, "
-        "[type(finder).__name__ for finder in sys.meta_path].count('_Watcher'))"
-    )
-    command = [sys.executable, "-c", code]
+    code = f"""
+import site, sys
+site.addsitedir({str(ROOT / "kohya_patch")!r})
+print("kohya_patch.startup" in sys.modules, [type(finder).__name__ for finder in sys.meta_path].count("_Watcher"))
+"""
+    command = [sys.executable, "-S", "-c", code]  # -S: whatever is installed has no say
     assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout == "False 0\n"
     command.append("train_network.py")
     assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout == "True 1\n"
