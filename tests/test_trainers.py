@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import functools
 import logging
+import random
 import sys
 from pathlib import Path
 
@@ -87,10 +88,13 @@ def test_unified_adds_the_formula_of_an_extra_pass_at_one_timestep(stand_ins, na
     stand_in = stand_ins.make(name)
     base = stand_in.process_batch()
     base_pass = stand_in.passes[0]
+    next_draw, python_state = torch.rand(3), random.getstate()
     config = FreqLossConfig(dist_match=0.1)
     install(stand_in, config)
     for _ in range(3):
         loss = stand_in.process_batch()
+        assert torch.equal(torch.rand(3), next_draw)
+        assert random.getstate() == python_state
         first, extra = stand_in.passes
         for seen, untouched in zip(first, base_pass, strict=True):
             assert torch.equal(seen, untouched)
