@@ -60,7 +60,7 @@ def install(stand_in, config):
     return hook
 
 
-def expected_bands(stand_in, used, *, window=None):
+def expected_bands(stand_in, used, *, window=None, mask=None):
     """(L_low, L_high) of a recorded pass by the oracle."""
     name = FAMILIES[type(stand_in.trainer).__name__].name
     prediction, target, timesteps = used
@@ -79,6 +79,7 @@ def expected_bands(stand_in, used, *, window=None):
         alphas_cumprod=ALPHAS,
         weights=weights,
         bands=oracle.wavelet_bands,
+        mask=mask,
     )
 
 
@@ -147,6 +148,22 @@ def test_unified_reads_the_bare_velocity_however_the_base_loss_reshapes_it(stand
         stand_in.process_batch()
     assert torch.equal(raw.passes[1][0], reshaped.passes[1][0])
     assert not torch.equal(raw.passes[0][0], reshaped.passes[0][0])
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("name", ["sd15", "flux"])
+def test_masked_loss_masks_the_latents_by_the_conditioning_images(stand_ins, name):
+    """With masked_loss the mask is the red channel of a picture in −1..1, averaged down to the size of the latents."""
+    stand_in = stand_ins.make(name, masked_loss=True)
+    masks = torch.rand(3, 16, 12)
+    pictures = torch.zeros(3, 3, 128, 96)
+    pictures[:, 0] = masks.repeat_interleave(8, dim=1).repeat_interleave(8, dim=2) * 2 - 1
+    stand_in.batch["conditioning_images"] = pictures
+    base = stand_in.process_batch()
+    install(stand_in, FreqLossConfig(dist_match=0.1))
+    loss = stand_in.process_batch()
+    low, high = expected_bands(stand_in, stand_in.passes[1], mask=masks.double().numpy()[:, None])
+    assert (loss - base).item() == pytest.approx(0.1 * (0.7 * low + 0.3 * high), rel=1e-4)
 
 
 @pytest.mark.host
@@ -407,3 +424,39 @@ def test_the_share_is_told_once_after_fifty_steps(caplog, share, level, words):
 def test_a_window_outside_the_trainers_own_is_told(options, trainer, words):
     warnings = report._window_warnings(FreqLossConfig(**options), argparse.Namespace(**trainer))
     assert (not warnings) if words is None else words in warnings[0]
+
+
+def announced(config, capsys, caplog, **args):
+    """What is said at the start of an SD1.x training with these options and arguments: (block, warnings)."""
+    pytest.importorskip("accelerate")
+    training = Training(NetworkTrainer(), argparse.Namespace(**args))
+    with caplog.at_level(logging.WARNING, logger="kohya_patch"):
+        report.announce(training, config, "networks.lora")
+    return " ".join(capsys.readouterr().out.split()), caplog.text
+
+
+def test_the_block_tells_a_fallback_and_drops_what_no_longer_matters(monkeypatch, capsys, caplog):
+    monkeypatch.setattr("freq_loss_plugin.config.resolve_method", lambda method: "fft")
+    block, _ = announced(FreqLossConfig(), capsys, caplog, train_batch_size=4)
+    assert "freq_loss_method = wavelet → fft: the wavelet library cannot be imported (pip install" in block
+    assert "freq_loss_cutoff = 0.25" in block
+    assert "freq_loss_levels" not in block
+
+
+def test_the_block_tells_the_cost(capsys, caplog):
+    block, warnings = announced(FreqLossConfig(timesteps="own"), capsys, caplog, train_batch_size=4)
+    assert "cost: no extra pass" in block
+    assert warnings == ""
+
+
+def test_useless_settings_are_warnings_at_the_start(capsys, caplog):
+    config = FreqLossConfig(low_weight=0.5, high_weight=0.5)
+    _, warnings = announced(config, capsys, caplog, train_batch_size=1, max_timestep=300)
+    for words in ("plain MSE of the batch sum", "batch size 1", "not inside the trainer's own 0..300"):
+        assert words in warnings
+
+
+def test_off_says_only_that_it_is_off(capsys, caplog):
+    block, warnings = announced(FreqLossConfig(dist_match=0), capsys, caplog, train_batch_size=1, min_timestep=700)
+    assert "off (dist_match = 0); networks.lora trains exactly as without the plug-in" in block
+    assert warnings == ""
