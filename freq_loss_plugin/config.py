@@ -122,22 +122,14 @@ class FreqLossConfig:
         """Read the options out of a TOML table or of the arguments of a trainer.
 
         Args:
-            mapping: TOML keys to values. Keys of the trainer are passed over. A nested table ``freq_loss`` is read as
-                the section of that name, and there every key must be known.
+            mapping: TOML keys to values, flat or in sections, which are flattened one level as sd-scripts does. Keys of
+                the trainer are passed over; in the section ``freq_loss`` every key must be known.
 
         Raises:
             ConfigError: an unknown key that begins with ``freq_loss_`` or looks like one of ours, an unknown key in the
                 section, a key given twice with different values, or an invalid value.
         """
-        values = vars(mapping) if isinstance(mapping, argparse.Namespace) else mapping
-        section = values.get(SECTION, {})
-        if not isinstance(section, Mapping):
-            raise ConfigError(f"{SECTION} = {section!r}: expected a section; write [{SECTION}] on a line of its own")
-        flat = {key: value for key, value in values.items() if key != SECTION}
-        check_section(section)
-        for key, value in section.items():
-            if flat.setdefault(key, value) != value:
-                raise ConfigError(f"{key} is given twice: {flat[key]!r} and, in [{SECTION}], {value!r}; keep one")
+        flat = _flatten(vars(mapping) if isinstance(mapping, argparse.Namespace) else mapping)
         _check_foreign_keys(flat)
         # None is how an argument parser says "not given"; so is a trainer's min_snr_gamma of 0.
         given = {name: flat[key] for key, name in cls.fields_by_key().items() if flat.get(key) is not None}
@@ -227,6 +219,20 @@ class FreqLossConfig:
     def _error(self, name: str, expected: str) -> ConfigError:
         option = next(option for option in fields(self) if option.name == name)
         return ConfigError(f"{_key(option)} = {getattr(self, name)!r}: expected {expected}")
+
+
+def _flatten(values: Mapping[str, Any]) -> dict[str, Any]:
+    """One level of sections merged into the top level; options must not contradict each other."""
+    section = values.get(SECTION, {})
+    if not isinstance(section, Mapping):
+        raise ConfigError(f"{SECTION} = {section!r}: expected a section; write [{SECTION}] on a line of its own")
+    check_section(section)
+    flat = {key: value for key, value in values.items() if not isinstance(value, Mapping)}
+    for name, table in values.items():
+        for key, value in table.items() if isinstance(table, Mapping) else ():
+            if flat.setdefault(key, value) != value and key in FreqLossConfig.fields_by_key():
+                raise ConfigError(f"{key} is given twice: {flat[key]!r} and, in [{name}], {value!r}; keep one")
+    return flat
 
 
 def check_section(section: Mapping[str, Any]) -> None:

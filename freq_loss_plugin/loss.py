@@ -104,7 +104,7 @@ def frequency_matching_loss(
         >>> loss = frequency_matching_loss(prediction, target, prediction_type="flow", timesteps=400, config=config)
         >>> loss.total.backward()
     """
-    _check_batch(prediction, target, config)
+    _check_batch(prediction, target, config, timesteps=timesteps, sigmas=sigmas, sample_weights=sample_weights)
     with torch.autocast(prediction.device.type, enabled=False):
         dtype = computation_dtype(prediction, target)
         residual = prediction.to(dtype) - target.to(dtype)
@@ -134,7 +134,7 @@ def reference_loss(
     It is there to be read and to test `frequency_matching_loss` against; training never calls it. Arguments, results
     and errors are those of `frequency_matching_loss`, and ``noisy_latents`` is x_t, of the shape of ``prediction``.
     """
-    _check_batch(prediction, target, config)
+    _check_batch(prediction, target, config, timesteps=timesteps, sigmas=sigmas, sample_weights=sample_weights)
     dtype = computation_dtype(prediction, target)
     weights = batch_weights(prediction_type, timesteps, alphas_cumprod, sigmas, sample_weights, config)
 
@@ -230,7 +230,7 @@ def _coefficients(
 
 def _batch_sum(residual: Tensor, coefficients: Tensor | float) -> Tensor:
     """D = Σ_i coefficients_i·residual_i, shape (C, H, W) or (C, T, H, W)."""
-    if not isinstance(coefficients, Tensor) or coefficients.ndim == 0:
+    if not isinstance(coefficients, Tensor) or coefficients.numel() == 1:
         return residual.sum(dim=0) * coefficients
     return torch.tensordot(coefficients, residual, dims=1)
 
@@ -261,11 +261,19 @@ def _weigh(low: Tensor, high: Tensor, config: FreqLossConfig) -> FrequencyLoss:
     return FrequencyLoss(total, low, high)
 
 
-def _check_batch(prediction: Tensor, target: Tensor, config: FreqLossConfig) -> None:
+def _check_batch(
+    prediction: Tensor, target: Tensor, config: FreqLossConfig, **per_sample: Tensor | float | None
+) -> None:
     check_latent(prediction, "prediction")
     check_latent(target, "target")
     if prediction.shape != target.shape:
         raise ValueError(
             f"prediction has shape {tuple(prediction.shape)} and target {tuple(target.shape)}: expected the same shape"
         )
+    for name, values in per_sample.items():
+        if isinstance(values, Tensor) and values.numel() not in (1, prediction.shape[0]):
+            raise ValueError(
+                f"{name} has shape {tuple(values.shape)}: expected one value for each of the {prediction.shape[0]} "
+                "samples of the batch, or a single one"
+            )
     config.check_size(prediction.shape[-2], prediction.shape[-1])

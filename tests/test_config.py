@@ -48,6 +48,8 @@ WRONG = [
     ({"freq_loss": 0.003}, ["freq_loss = 0.003", "[freq_loss]"]),
     ({"freq_loss": {"method": "fft"}}, ["method", "[freq_loss]", "Did you mean freq_loss_method?"]),
     ({"freq_loss": {"dist_match": 1.0}, "dist_match": 2.0}, ["dist_match", "twice", "1.0", "2.0"]),
+    ({"freq_loss": {"dist_match": 1.0}, "more": {"dist_match": 2.0}}, ["dist_match", "twice", "[more]"]),
+    ({"training": {"freq_loss_metod": "fft"}}, ["freq_loss_metod", "Did you mean freq_loss_method?"]),
 ]
 
 
@@ -103,6 +105,8 @@ def test_a_mapping_a_namespace_a_section_and_strings_give_the_same():
     assert FreqLossConfig.from_mapping(argparse.Namespace(**mapping)) == expected
     section = {key: mapping[key] for key in ("dist_match", "freq_loss_levels", "freq_loss_method")}
     assert FreqLossConfig.from_mapping({"freq_loss": section, "learning_rate": 1e-4}) == expected
+    whole_file = {"freq_loss": section, "training": {"min_snr_gamma": 2.0, "learning_rate": 1e-4}, "title": "mine"}
+    assert FreqLossConfig.from_mapping(whole_file) == dataclasses.replace(expected, min_snr_gamma=2.0)
     assert FreqLossConfig.from_strings(["dist_match=1", "freq_loss_levels = 3", "freq_loss_method=fft"]) == expected
 
 

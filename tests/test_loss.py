@@ -123,6 +123,21 @@ def test_folded_and_reference_agree(height, width, samples, prediction_type, met
         torch.testing.assert_close(left, right, rtol=1e-7, atol=0)
 
 
+def test_a_single_timestep_may_be_a_number_or_a_tensor_of_any_shape():
+    prediction, target, noisy = torch.randn(3, 4, 4, 8, 8)
+    common = {"prediction_type": "epsilon", "alphas_cumprod": ALPHAS32, "config": FreqLossConfig()}
+    expected = frequency_matching_loss(prediction, target, timesteps=torch.full((4,), 321), **common)
+    for timesteps in (321, torch.tensor(321), torch.tensor([321])):
+        found = frequency_matching_loss(prediction, target, timesteps=timesteps, **common)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(
+            reference_loss(prediction, target, noisy_latents=noisy, timesteps=timesteps, **common),
+            expected,
+            rtol=1e-4,
+            atol=0,
+        )
+
+
 def test_video_latents_equal_frames_as_channels():
     video, target = torch.randn(2, 2, 4, 3, 12, 12)
     arguments = {"prediction_type": "flow", "timesteps": 500, "config": FreqLossConfig()}
@@ -274,5 +289,9 @@ def test_errors_name_what_was_received():
         frequency_matching_loss(x, x, prediction_type="epsilon", timesteps=3, config=config)
     with pytest.raises(ConfigError, match=r"freq_loss_levels = 4.*16 × 16.*8 × 8.*freq_loss_levels = 3"):
         frequency_matching_loss(x, x, prediction_type="sample", timesteps=None, config=FreqLossConfig(levels=4))
+    with pytest.raises(ValueError, match=r"sample_weights has shape \(3,\).*2 samples"):
+        frequency_matching_loss(
+            x, x, prediction_type="sample", timesteps=None, sample_weights=torch.ones(3), config=config
+        )
     with pytest.raises(TypeError, match="int64"):
         frequency_matching_loss(x.long(), x, prediction_type="sample", timesteps=None, config=config)
