@@ -122,7 +122,7 @@ def texture(scene: Scene, size: int = SIZE) -> Picture:
     """The texture alone, between −1 and 1, of mean about 0."""
     down, right = np.mgrid[:size, :size].astype(np.float64)
     turn = 2 * math.pi / scene.period
-    waves: dict[str, Callable[[], Picture]] = {
+    waves: dict[str, Callable[[], NDArray[np.float64]]] = {
         "no pattern": lambda: np.zeros((size, size)),
         "horizontal stripes": lambda: np.sin(turn * down + scene.phase),
         "vertical stripes": lambda: np.sin(turn * right + scene.phase),
@@ -131,8 +131,7 @@ def texture(scene: Scene, size: int = SIZE) -> Picture:
     }
     if scene.texture not in waves:
         raise ValueError(f"texture = {scene.texture!r}: expected one of {', '.join(map(repr, waves))}")
-    wave: Picture = waves[scene.texture]()
-    return wave.astype(np.float32)
+    return waves[scene.texture]().astype(np.float32)
 
 
 def _basket_weave(scene: Scene, size: int) -> Picture:

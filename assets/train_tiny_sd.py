@@ -1,0 +1,397 @@
+"""Trains the embedded model from scratch, on drawn pictures alone: a latent diffusion model with SD1.5's topology.
+
+    python assets/train_tiny_sd.py vae --steps 6000      the autoencoder, on crops of 64 pixels
+    python assets/train_tiny_sd.py unet --steps 6000     the UNet and the text encoder, on its latents
+    python assets/train_tiny_sd.py evaluate              PSNR, and attributes read off samples for held-out captions
+
+Both trainings write their product to assets/tiny_sd, in diffusers layout and fp16. They save their state every 100 steps
+below --work and go on from it when they are called again; the learning rate follows one cycle over --steps, so choose
+that number once. A step depends on its number alone (pictures, noise and
+timesteps are drawn from it), so an interrupted run ends where an uninterrupted one does. On two CPU cores a step of the
+VAE takes about a second; a GPU is used if there is one.
+
+The styles `frames` and `weave` are not shown to any stage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from freq_loss_plugin.embedded.attributes import measure
+from freq_loss_plugin.embedded.pictures import CAPTIONED, SIZE, STYLES, Picture, draw, random_scene
+
+OUTPUT = Path(__file__).parent / "tiny_sd"
+# What SD1.5 multiplies its latents by. Trainers and samplers hard-code it, so the autoencoder is made to fit it.
+SCALING_FACTOR = 0.18215
+TEXT_WIDTH = 64
+SAVE_EVERY = 100
+# Streams of pictures: what is trained on, and what no stage ever trains on.
+TRAINING, HELD_OUT = 1, 2
+
+SCHEDULE = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "clip_sample": False,
+    "steps_offset": 1,
+}
+
+
+def make_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(32, 32, 64, 64),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        latent_channels=4,
+        sample_size=SIZE,
+        scaling_factor=SCALING_FACTOR,
+    )
+
+
+def make_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=SIZE // 8,
+        block_out_channels=(32, 64, 64, 64),
+        layers_per_block=2,
+        cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=8,
+    )
+
+
+def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=4 * TEXT_WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            projection_dim=TEXT_WIDTH,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def make_tokenizer(folder: Path) -> CLIPTokenizer:
+    """CLIP's byte-pair encoding, trained until every word of the captions is one token; other text is spelt out."""
+    merges = _byte_pair_merges(_words_of_the_captions())
+    characters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
+    tokens = characters + [f"{character}</w>" for character in characters]
+    tokens += ["".join(merge) for merge in merges] + ["<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, merges)) + "\n")
+    tokenizer = CLIPTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77, pad_token="<|endoftext|>"
+    )
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def _words_of_the_captions() -> list[str]:
+    generator = np.random.default_rng(0)
+    captions = [random_scene(generator).caption() for _ in range(2000)] + [f"{style} style" for style in STYLES]
+    return sorted({word for caption in captions for word in caption.split()})
+
+
+def _byte_pair_merges(words: list[str]) -> list[tuple[str, str]]:
+    """Join the most frequent pair of pieces in all words, again and again, until each word is one piece."""
+    merges = []
+    spellings = [[*word[:-1], word[-1] + "</w>"] for word in words]
+    while pairs := Counter(pair for pieces in spellings for pair in pairwise(pieces)):
+        first, second = pair = max(pairs, key=lambda pair: (pairs[pair], pair))
+        merges.append(pair)
+        for pieces in spellings:
+            for i in range(len(pieces) - 2, -1, -1):
+                if pieces[i : i + 2] == [first, second]:
+                    pieces[i : i + 2] = [first + second]
+    return merges
+
+
+def random_picture(generator: np.random.Generator) -> Picture:
+    """A scene of the base style; every other time with colours exchanged, turned, and partly another scene."""
+    picture = draw(random_scene(generator))
+    if generator.random() < 0.5:
+        return picture
+    other = draw(random_scene(generator))
+    tilt = generator.normal(size=2)
+    down, right = np.mgrid[:SIZE, :SIZE] / SIZE - 0.5
+    edge = (down * tilt[0] + right * tilt[1] + 0.1 * generator.normal() > 0)[..., None]
+    mixed = np.where(edge, picture, other[::-1])[..., generator.permutation(3)]
+    return np.ascontiguousarray(np.rot90(mixed, generator.integers(4)))
+
+
+def to_tensor(pictures: list[Picture]) -> Tensor:
+    """(B, 3, H, W) in −1..1."""
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) * 2 - 1
+
+
+class Stage:
+    """A resumable training: parameters, AdamW, one cycle of the learning rate, and a state file."""
+
+    def __init__(self, file: Path, modules: dict[str, nn.Module], steps: int, rate: float) -> None:
+        self.file, self.modules, self.steps, self.step = file, modules, steps, 0
+        parameters = [parameter for module in modules.values() for parameter in module.parameters()]
+        self.optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=1e-4)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, rate, total_steps=steps + 1)
+        self.average = {name: [p.detach().clone() for p in module.parameters()] for name, module in modules.items()}
+        if file.exists():
+            self._load()
+
+    def run(self, loss_of_step: Callable[[int], dict[str, Tensor]], decay: float) -> None:
+        """Train up to ``steps``; ``loss_of_step`` returns the parts of the loss, ``decay`` is that of the average."""
+        start, first = time.time(), self.step
+        while self.step < self.steps:
+            torch.manual_seed(self.step)
+            parts = loss_of_step(self.step)
+            sum(parts.values()).backward()
+            parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.schedule.step()
+            self.step += 1
+            self._update_average(min(decay, (1 + self.step) / (10 + self.step)))
+            if self.step % SAVE_EVERY == 0 or self.step == self.steps:
+                self.save()
+                pace = (time.time() - start) / (self.step - first)
+                told = ", ".join(f"{name} {part.item():.4f}" for name, part in parts.items())
+                print(f"step {self.step}/{self.steps}  {told}  {pace:.2f} s a step", flush=True)
+
+    def save(self) -> None:
+        """Write the state beside its place, then move it there: a killed process leaves the last one whole."""
+        state = {
+            "step": self.step,
+            "modules": {name: module.state_dict() for name, module in self.modules.items()},
+            "average": self.average,
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+        }
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(state, self.file.with_suffix(".new"))
+        self.file.with_suffix(".new").replace(self.file)
+
+    def use_average(self) -> None:
+        """Put the average of the weights into the modules, for use and for export."""
+        for name, module in self.modules.items():
+            for parameter, average in zip(module.parameters(), self.average[name], strict=True):
+                parameter.data.copy_(average)
+
+    def _update_average(self, decay: float) -> None:
+        for name, module in self.modules.items():
+            torch._foreach_lerp_(self.average[name], [p.detach() for p in module.parameters()], 1 - decay)
+
+    def _load(self) -> None:
+        state = torch.load(self.file, map_location=next(iter(self.average.values()))[0].device)
+        self.step, self.average = state["step"], state["average"]
+        for name, module in self.modules.items():
+            module.load_state_dict(state["modules"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        print(f"going on from step {self.step} of {self.file}", flush=True)
+
+
+def train_vae(options: argparse.Namespace, device: torch.device) -> None:
+    torch.manual_seed(0)
+    vae = make_vae().to(device, memory_format=torch.channels_last)
+    stage = Stage(options.work / "vae.pt", {"vae": vae}, options.steps, 2e-3)
+
+    def loss_of_step(step: int) -> dict[str, Tensor]:
+        generator = np.random.default_rng((TRAINING, step))
+        crops = []
+        for _ in range(8):
+            picture = random_picture(generator)
+            for _ in range(2):
+                top, left = generator.integers(0, SIZE - 64 + 1, size=2)
+                crops.append(picture[top : top + 64, left : left + 64])
+        pixels = to_tensor(crops).to(device, memory_format=torch.channels_last)
+        posterior = vae.encode(pixels).latent_dist
+        error = vae.decode(posterior.sample()).sample - pixels
+        # The KL term only keeps the latents from drifting; they are rescaled to unit variance afterwards.
+        return {"l1": error.abs().mean(), "l2": error.square().mean(), "kl": 1e-6 * posterior.kl().mean()}
+
+    stage.run(loss_of_step, decay=0.995)
+    stage.use_average()
+    vae.to(memory_format=torch.contiguous_format).eval()
+    fit_scaling_factor(vae, device)
+    print(f"held-out PSNR {reconstruction_psnr(vae, device):.2f} dB")
+    vae.half().save_pretrained(OUTPUT / "vae")
+
+
+@torch.no_grad()
+def reconstruction_psnr(vae: nn.Module, device: torch.device, count: int = 64) -> float:
+    """Mean PSNR in dB over whole held-out pictures of the base style, coded with the mean of the posterior."""
+    generator = np.random.default_rng(HELD_OUT)
+    found = []
+    for _ in range(count // 8):
+        pixels = to_tensor([draw(random_scene(generator)) for _ in range(8)]).to(device)
+        restored = vae.decode(vae.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1)
+        mse = ((restored - pixels) / 2).square().mean(dim=(1, 2, 3))
+        found += (-10 * mse.log10()).tolist()
+    return sum(found) / len(found)
+
+
+@torch.no_grad()
+def fit_scaling_factor(vae: AutoencoderKL, device: torch.device) -> None:
+    """Rescale the latents, inside the autoencoder, so that SD's fixed factor gives them unit variance.
+
+    The last layer of the encoder puts out (mean, log variance): the means are multiplied by r, the log variances gain
+    2·ln r; the first layer of the decoder divides by r. Reconstructions stay the same.
+    """
+    generator = np.random.default_rng(TRAINING)
+    pixels = to_tensor([draw(random_scene(generator)) for _ in range(64)]).to(device)
+    ratio = (1 / (SCALING_FACTOR * vae.encode(pixels).latent_dist.sample().std())).item()
+    channels = vae.config.latent_channels
+    vae.quant_conv.weight[:channels] *= ratio
+    vae.quant_conv.bias[:channels] *= ratio
+    vae.quant_conv.bias[channels:] += 2 * math.log(ratio)
+    vae.post_quant_conv.weight /= ratio
+
+
+def load_vae(device: torch.device) -> AutoencoderKL:
+    """The product of the stage vae, in float32."""
+    if not (OUTPUT / "vae").is_dir():
+        raise SystemExit(f"no autoencoder in {OUTPUT / 'vae'}: run the stage vae first")
+    return AutoencoderKL.from_pretrained(OUTPUT / "vae", torch_dtype=torch.float32).to(device).requires_grad_(False)
+
+
+def tokens(tokenizer: CLIPTokenizer, captions: list[str], device: torch.device) -> Tensor:
+    return tokenizer(captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids.to(
+        device
+    )
+
+
+def train_unet(options: argparse.Namespace, device: torch.device) -> None:
+    vae = load_vae(device)
+    tokenizer = make_tokenizer(options.work / "tokenizer")
+    torch.manual_seed(1)
+    unet, text_encoder = make_unet().to(device), make_text_encoder(tokenizer).to(device)
+    stage = Stage(options.work / "unet.pt", {"unet": unet, "text_encoder": text_encoder}, options.steps, 1.5e-3)
+    latents, captions = encoded_pictures(vae, options.pictures, options.work, device)
+    scheduler = DDPMScheduler(**SCHEDULE)
+
+    def loss_of_step(step: int) -> dict[str, Tensor]:
+        generator = np.random.default_rng((TRAINING, step, 3))
+        chosen = generator.integers(len(captions), size=32)
+        mean, deviation = latents[chosen].to(device).chunk(2, dim=1)
+        clean = SCALING_FACTOR * (mean + deviation * torch.randn_like(mean))
+        noise = torch.randn_like(clean)
+        timesteps = torch.from_numpy(generator.integers(1000, size=32)).to(device)
+        # One caption in ten is empty, for classifier-free guidance.
+        words = [captions[i] if generator.random() > 0.1 else "" for i in chosen]
+        states = text_encoder(tokens(tokenizer, words, device))[0]
+        predicted = unet(scheduler.add_noise(clean, noise, timesteps), timesteps, states).sample
+        return {"mse": F.mse_loss(predicted, noise)}
+
+    stage.run(loss_of_step, decay=0.998)
+    stage.use_average()
+    save_pipeline(vae, unet, text_encoder, tokenizer)
+
+
+@torch.no_grad()
+def encoded_pictures(vae: AutoencoderKL, count: int, work: Path, device: torch.device) -> tuple[Tensor, list[str]]:
+    """Means and deviations of the latents of ``count`` base pictures, and their captions; coded once, then read."""
+    generator = np.random.default_rng((TRAINING, 0, 4))
+    scenes = [random_scene(generator) for _ in range(count)]
+    captions = [scene.caption() for scene in scenes]
+    weights = sum(parameter.double().abs().sum().item() for parameter in vae.parameters())
+    file = work / f"latents_{count}_{weights:.6f}.pt"
+    if file.exists():
+        return torch.load(file), captions
+    parts = []
+    for batch in _batches(scenes, 16):
+        posterior = vae.encode(to_tensor([draw(scene) for scene in batch]).to(device)).latent_dist
+        parts.append(torch.cat((posterior.mean, posterior.std), dim=1).cpu())
+    latents = torch.cat(parts)
+    torch.save(latents, file)
+    return latents, captions
+
+
+def _batches(items: list, size: int) -> Iterator[list]:
+    return (items[i : i + size] for i in range(0, len(items), size))
+
+
+def save_pipeline(
+    vae: AutoencoderKL, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer
+) -> None:
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=DDIMScheduler(**SCHEDULE, set_alpha_to_one=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.to(dtype=torch.float16).save_pretrained(OUTPUT, safe_serialization=True)
+    megabytes = sum(file.stat().st_size for file in OUTPUT.rglob("*") if file.is_file()) / 1e6
+    print(f"wrote {OUTPUT}: {megabytes:.1f} MB")
+
+
+def load_pipeline(device: torch.device) -> StableDiffusionPipeline:
+    if not (OUTPUT / "model_index.json").is_file():
+        raise SystemExit(f"no model in {OUTPUT}: run the stages vae and unet first")
+    return StableDiffusionPipeline.from_pretrained(OUTPUT, torch_dtype=torch.float32).to(device)
+
+
+def evaluate(options: argparse.Namespace, device: torch.device) -> None:
+    """Attributes read off samples for held-out captions, beside the chance of guessing them."""
+    pipeline = load_pipeline(device)
+    print(f"held-out PSNR {reconstruction_psnr(pipeline.vae, device):.2f} dB")
+    pipeline.set_progress_bar_config(disable=True)
+    generator = np.random.default_rng((HELD_OUT, 5))
+    scenes = [random_scene(generator) for _ in range(options.samples)]
+    right = dict.fromkeys(CAPTIONED, 0)
+    for batch in _batches(scenes, 16):
+        noise = torch.Generator().manual_seed(int(generator.integers(2**31)))
+        sampled = pipeline(
+            [scene.caption() for scene in batch],
+            height=SIZE,
+            width=SIZE,
+            num_inference_steps=30,
+            guidance_scale=3.0,
+            generator=noise,
+            output_type="np",
+        ).images
+        for scene, picture in zip(batch, sampled, strict=True):
+            found = measure(picture)
+            for name in CAPTIONED:
+                right[name] += found[name] == getattr(scene, name)
+    for name, count in right.items():
+        print(f"{name:<12} {count / len(scenes):.1%} of {len(scenes)} samples")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    stages = {"vae": train_vae, "unet": train_unet, "evaluate": evaluate}
+    parser.add_argument("stage", choices=stages)
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--pictures", type=int, default=6000, help="drawn pictures for the stage unet")
+    parser.add_argument("--samples", type=int, default=128, help="sampled pictures for the stage evaluate")
+    parser.add_argument("--work", type=Path, default=Path.home() / ".cache" / "freq_loss_plugin" / "tiny_sd")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    stages[options.stage](options, device)
+
+
+if __name__ == "__main__":
+    main()
