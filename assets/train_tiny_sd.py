@@ -4,11 +4,11 @@
     python assets/train_tiny_sd.py unet --steps 6000     the UNet and the text encoder, on its latents
     python assets/train_tiny_sd.py evaluate              PSNR, and attributes read off samples for held-out captions
 
-Both trainings write their product to assets/tiny_sd, in diffusers layout and fp16. They save their state every 100 steps
-below --work and go on from it when they are called again; the learning rate follows one cycle over --steps, so choose
-that number once. A step depends on its number alone (pictures, noise and
-timesteps are drawn from it), so an interrupted run ends where an uninterrupted one does. On two CPU cores a step of the
-VAE takes about a second; a GPU is used if there is one.
+Both trainings write their product to assets/tiny_sd, in diffusers layout and fp16. They save their state every 100
+steps below --work and go on from it when they are called again; the learning rate follows one cycle over --steps, so
+choose that number once. A step depends on its number alone (pictures, noise and timesteps are drawn from it), so an
+interrupted run ends where an uninterrupted one does. On two CPU cores a step of the VAE takes about a second; a GPU is
+used if there is one.
 
 The styles `frames` and `weave` are not shown to any stage.
 """
