@@ -148,7 +148,7 @@ def wavelet_low_pass(n: int, wavelet: str, levels: int, device: torch.device, dt
         approximation, details = forward(unit_vectors)
         low_bands = inverse((approximation, [torch.zeros_like(detail) for detail in details]))
         # Row j of low_bands is the low band of the j-th unit vector, hence column j of A.
-        return low_bands[0, :, :n].T.contiguous().to(device=device, dtype=dtype)
+        return low_bands[0, :, :n].T.contiguous().to(dtype).to(device)
 
 
 def _use_exact_filters(forward: torch.nn.Module, inverse: torch.nn.Module, wavelet: str) -> None:
@@ -191,7 +191,7 @@ def _half_disc(height: int, width: int, cutoff: float, device: torch.device, dty
         rows = torch.fft.fftfreq(height, d=1 / height, dtype=torch.float64)
         columns = torch.fft.rfftfreq(width, d=1 / width, dtype=torch.float64)
         inside = rows[:, None] ** 2 + columns[None, :] ** 2 <= disc_radius(height, width, cutoff) ** 2
-        return inside.to(device=device, dtype=dtype)
+        return inside.to(dtype).to(device)
 
 
 @lru_cache(maxsize=_CACHED_OPERATORS)
@@ -211,7 +211,7 @@ def fft_energy_weights(
             multiplicity[-1] = 1.0
         multiplicity /= height * width
         low, high = disc * multiplicity, (1.0 - disc) * multiplicity
-        return low.to(device=device, dtype=dtype), high.to(device=device, dtype=dtype)
+        return low.to(dtype).to(device), high.to(dtype).to(device)
 
 
 def check_latent(tensor: Tensor, name: str) -> None:

@@ -310,7 +310,7 @@ def _separate_random_stream(name: str, device: torch.device) -> Iterator[None]:
 
     The states live on the host, so this does not wait for the device.
     """
-    module = None if device.type == "cpu" else torch.get_device_module(device)
+    module = None if device.type == "cpu" else getattr(torch, device.type)
     python_state, host_state = random.getstate(), torch.get_rng_state()
     device_state = module.get_rng_state() if module else None
     random.seed(name)
