@@ -55,9 +55,15 @@ def _check_before(first_call: Any) -> Any:
     @functools.wraps(first_call)
     def checked(args: Any, *rest: Any, **named: Any) -> Any:
         if getattr(args, "network_module", None) == __package__:
-            from . import network
+            from freq_loss_plugin import ConfigError
 
-            network.check_before_models_load()
+            from . import network
+            from .trainers import UnsupportedTrainerError
+
+            try:
+                network.check_before_models_load()
+            except (ConfigError, UnsupportedTrainerError) as error:
+                sys.exit(f"\nfreq_loss: {error}\n")  # the message alone: a traceback would only hide it
         return first_call(args, *rest, **named)
 
     return checked
