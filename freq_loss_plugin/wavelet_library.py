@@ -31,9 +31,8 @@ def load() -> types.ModuleType:
     Raises:
         ImportError: the package, or something that it needs, is not installed.
     """
-    loaded = sys.modules.get("pytorch_wavelets")
-    if loaded is not None:
-        return loaded
+    if "pytorch_wavelets" in sys.modules:
+        return importlib.import_module("pytorch_wavelets")  # waits where another thread is still importing it
     with _import_lock:
         if _has_pkg_resources():
             with warnings.catch_warnings():
