@@ -6,14 +6,16 @@ The keys are the ones that people write in a kohya TOML. They are read here, che
 from __future__ import annotations
 
 import argparse
-import difflib
+import functools
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from .bands import METHODS, Method, check_wavelet, resolve_method
-from .latents import NUM_TRAIN_TIMESTEPS
+from .latents import NUM_TRAIN_TIMESTEPS, PredictionType
+from .options import ConfigError, check_options, flatten, key_of, nearest, option, parse, wrong_value
+from .version import __version__
 
 Timesteps = Literal["unified", "own"]
 SampleWeights = Literal["none", "min_snr"]
@@ -32,12 +34,7 @@ _NOT_YET = {
 _TYPO_CUTOFF = 0.84
 
 
-class ConfigError(ValueError):
-    """An option that cannot be used as given; the message names the key, the value, what is allowed and the fix."""
-
-
-def _option(default: Any, meaning: str, *, key: str | None = None, choices: tuple[str, ...] | None = None) -> Any:
-    return field(default=default, metadata={"meaning": meaning, "key": key, "choices": choices})
+_option = functools.partial(option, prefix=PREFIX)
 
 
 @dataclass(frozen=True)
@@ -86,8 +83,7 @@ class FreqLossConfig:
     )
 
     def __post_init__(self) -> None:
-        for option in fields(self):
-            _check_type(option, getattr(self, option.name))
+        check_options(self)
         self._check_ranges()
         self._check_wavelet()
 
@@ -104,18 +100,13 @@ class FreqLossConfig:
     @classmethod
     def fields_by_key(cls) -> dict[str, str]:
         """TOML key → field name, in the order of the table in the README."""
-        return {_key(option): option.name for option in fields(cls)}
+        return {key_of(each): each.name for each in fields(cls)}
 
     @classmethod
     def claims(cls, key: str) -> bool:
         """Whether ``key`` is, or by its looks was meant to be, an option of this loss and not one of the trainer."""
         own = _own_keys()
-        return (
-            key in own
-            or key in _NOT_YET
-            or key.startswith(PREFIX)
-            or bool(difflib.get_close_matches(key, own, n=1, cutoff=_TYPO_CUTOFF))
-        )
+        return key in own or key in _NOT_YET or key.startswith(PREFIX) or nearest(key, own, _TYPO_CUTOFF) is not None
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any] | argparse.Namespace) -> FreqLossConfig:
@@ -187,21 +178,54 @@ class FreqLossConfig:
 
     def metadata(self) -> dict[str, str]:
         """Every option as ``ss_freq_loss_*`` strings, for the header of a safetensors file."""
-        return {f"ss_freq_loss_{option.name}": str(getattr(self, option.name)) for option in fields(self)}
+        return {f"ss_freq_loss_{each.name}": str(getattr(self, each.name)) for each in fields(self)}
+
+    def file_metadata(self, network_module: str) -> dict[str, str]:
+        """What a file trained with these options says of them: `metadata`, and what became of it in this run.
+
+        Args:
+            network_module: the module that made the network.
+        """
+        return {
+            **self.metadata(),
+            "ss_freq_loss_network_module": network_module,
+            "ss_freq_loss_resolved_method": self.resolved_method,
+            "ss_freq_loss_version": __version__,
+        }
+
+    def check_model(self, prediction_type: PredictionType, *, zero_terminal_snr: bool = False) -> None:
+        """Raise ConfigError where the options are not defined for what the model predicts.
+
+        Args:
+            prediction_type: see `freq_loss_plugin.latents`.
+            zero_terminal_snr: whether ᾱ is 0 at the last timestep (Lin et al. 2023, arXiv 2305.08891).
+        """
+        if self.sample_weights == "min_snr" and prediction_type not in ("epsilon", "v_prediction"):
+            raise ConfigError(
+                "freq_loss_sample_weights = 'min_snr': defined for epsilon and v-prediction, and this model predicts "
+                f"{prediction_type!r}; set freq_loss_sample_weights = 'none'"
+            )
+        last = NUM_TRAIN_TIMESTEPS - 1
+        if zero_terminal_snr and prediction_type == "epsilon" and self.max_timestep > last:
+            raise ConfigError(
+                f"freq_loss_max_timestep = {self.max_timestep} with zero_terminal_snr and epsilon prediction: at "
+                f"t = {last} there is no signal left to recover a latent from; set freq_loss_max_timestep = {last} or "
+                "less, or train with v_parameterization"
+            )
 
     def _check_ranges(self) -> None:
         for name in ("dist_match", "low_weight", "high_weight"):
             if not (0 <= getattr(self, name) < math.inf):
-                raise self._error(name, "a finite number ≥ 0")
+                raise wrong_value(self, name, "a finite number ≥ 0")
         if self.levels < 1:
-            raise self._error("levels", "a whole number ≥ 1")
+            raise wrong_value(self, "levels", "a whole number ≥ 1")
         if not 0 < self.cutoff <= 0.5:
-            raise self._error("cutoff", "a number above 0 and at most 0.5, the highest frequency of a latent")
+            raise wrong_value(self, "cutoff", "a number above 0 and at most 0.5, the highest frequency of a latent")
         if not 0 < self.min_snr_gamma < math.inf:
-            raise self._error("min_snr_gamma", "a finite number > 0; 5 is usual")
+            raise wrong_value(self, "min_snr_gamma", "a finite number > 0; 5 is usual")
         for name in ("min_timestep", "max_timestep"):
             if not 0 <= getattr(self, name) <= NUM_TRAIN_TIMESTEPS:
-                raise self._error(name, f"a whole number from 0 to {NUM_TRAIN_TIMESTEPS}")
+                raise wrong_value(self, name, f"a whole number from 0 to {NUM_TRAIN_TIMESTEPS}")
         if self.min_timestep >= self.max_timestep:
             raise ConfigError(
                 f"freq_loss_min_timestep = {self.min_timestep} and freq_loss_max_timestep = {self.max_timestep}: "
@@ -216,10 +240,6 @@ class FreqLossConfig:
         except ValueError as error:
             raise ConfigError(f"freq_loss_{error}") from None
 
-    def _error(self, name: str, expected: str) -> ConfigError:
-        option = next(option for option in fields(self) if option.name == name)
-        return ConfigError(f"{_key(option)} = {getattr(self, name)!r}: expected {expected}")
-
 
 def _flatten(values: Mapping[str, Any]) -> dict[str, Any]:
     """One level of sections merged into the top level; options must not contradict each other."""
@@ -227,10 +247,10 @@ def _flatten(values: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(section, Mapping):
         raise ConfigError(f"{SECTION} = {section!r}: expected a section; write [{SECTION}] on a line of its own")
     check_section(section)
-    flat = {key: value for key, value in values.items() if not isinstance(value, Mapping)}
+    flat = flatten(values)
     for name, table in values.items():
         for key, value in table.items() if isinstance(table, Mapping) else ():
-            if flat.setdefault(key, value) != value and key in FreqLossConfig.fields_by_key():
+            if flat[key] != value and key in FreqLossConfig.fields_by_key():
                 raise ConfigError(f"{key} is given twice: {flat[key]!r} and, in [{name}], {value!r}; keep one")
     return flat
 
@@ -248,45 +268,8 @@ def parse_strings(values: Mapping[str, str]) -> dict[str, Any]:
     Raises:
         ConfigError: a string that is no value of the option's type.
     """
-    types = {_key(option): option for option in fields(FreqLossConfig)}
-    return {key: _parse(types[key], value) if key in types else value for key, value in values.items()}
-
-
-def _key(option: Any) -> str:
-    return option.metadata["key"] or PREFIX + option.name
-
-
-def _parse(option: Any, value: str) -> Any:
-    convert: Any = {"float": float, "int": int}.get(option.type, str)
-    try:
-        return convert(value)
-    except ValueError:
-        raise ConfigError(f"{_key(option)} = {value!r}: expected {_expectation(option)}") from None
-
-
-def _check_type(option: Any, value: Any) -> None:
-    accepted: Any = {"float": (int, float), "int": int}.get(option.type, str)
-    fits = isinstance(value, accepted) and not isinstance(value, bool)
-    if option.default is None and value is None:
-        return
-    if not fits:
-        hint = ""
-        if isinstance(value, str) and option.type in ("float", "int"):
-            hint = "; remove the quotes"
-        elif option.type == "int" and isinstance(value, float):
-            hint = f"; write {round(value)}" if math.isfinite(value) else ""
-        raise ConfigError(f"{_key(option)} = {value!r} ({type(value).__name__}): expected {_expectation(option)}{hint}")
-    choices = option.metadata["choices"]
-    if choices and value not in choices:
-        nearest = difflib.get_close_matches(value.lower(), choices, n=1, cutoff=0.4)
-        suggestion = f"; did you mean {nearest[0]!r}?" if nearest else ""
-        raise ConfigError(f"{_key(option)} = {value!r}: expected {_expectation(option)}{suggestion}")
-
-
-def _expectation(option: Any) -> str:
-    if option.metadata["choices"]:
-        return "one of " + ", ".join(map(repr, option.metadata["choices"]))
-    return {"float": "a number", "int": "a whole number"}.get(option.type, "a text in quotes")
+    by_key = {key_of(each): each for each in fields(FreqLossConfig)}
+    return {key: parse(by_key[key], value) if key in by_key else value for key, value in values.items()}
 
 
 def _check_foreign_keys(flat: Mapping[str, Any]) -> None:
@@ -304,8 +287,6 @@ def _own_keys() -> list[str]:
 def _unknown_key(key: str, where: str = "") -> ConfigError:
     candidates = _own_keys()
     without_prefix = {candidate.removeprefix(PREFIX): candidate for candidate in candidates}
-    nearest = difflib.get_close_matches(key, candidates, n=1, cutoff=0.5)
-    if not nearest:
-        nearest = [without_prefix[name] for name in difflib.get_close_matches(key, without_prefix, n=1, cutoff=0.5)]
-    suggestion = f" Did you mean {nearest[0]}?" if nearest else ""
+    meant = nearest(key, candidates) or without_prefix.get(nearest(key, list(without_prefix)) or "")
+    suggestion = f" Did you mean {meant}?" if meant else ""
     return ConfigError(f"{key}: unknown option {where}".rstrip() + f".{suggestion} Options: {', '.join(candidates)}")

@@ -12,57 +12,29 @@ are). The order of calls in one step:
     (optimizer step, by sd-scripts)
     generate_step_logs             the scalars join the trainer's
 
-Nothing in a step waits for the device: the scalars travel to the host behind the forward pass (`DeferredScalars`) and
-are read when sd-scripts has queued its backward pass.
+Nothing in a step waits for the device: the numbers travel to the host behind the forward pass
+(`freq_loss_plugin.step.TermMonitor`) and are read when sd-scripts has queued its backward pass.
 """
 
 from __future__ import annotations
 
 import argparse
 import inspect
-import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from freq_loss_plugin import FreqLossConfig, FrequencyLoss, __version__, frequency_matching_loss
+from freq_loss_plugin import FreqLossConfig, FrequencyLoss, frequency_matching_loss
 from freq_loss_plugin.latents import PredictionType
+from freq_loss_plugin.report import ShareReport
+from freq_loss_plugin.step import TermMonitor, separate_random_stream, stream_name, unified_timestep
 
 from . import report
 from .trainers import Training, UnsupportedTrainerError, at_one_timestep, first_step
 
 # sd-scripts casts its timesteps to the training dtype; bfloat16 has steps of 4 in 512..1000.
 _TIMESTEP_TOLERANCE = 4.0
-
-
-class NonFiniteLossError(RuntimeError):
-    """The frequency term became NaN or infinite; raised before the optimizer sees it."""
-
-
-class DeferredScalars:
-    """A few scalars on their way from the device to the host, without anyone waiting for them.
-
-    On CUDA they are copied into pinned memory behind the work already queued; `read` then waits for that copy alone,
-    not for what was queued after it.
-    """
-
-    def __init__(self, *scalars: Tensor) -> None:
-        self._values = torch.stack([scalar.detach().float() for scalar in scalars])
-        self._arrived: Any = None
-        if self._values.is_cuda:
-            on_host = torch.empty(self._values.shape, dtype=self._values.dtype, pin_memory=True)
-            self._values = on_host.copy_(self._values, non_blocking=True)
-            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._arrived.record()
-
-    def read(self) -> list[float]:
-        """The values as Python numbers."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return self._values.tolist()
 
 
 class _Pass(NamedTuple):
@@ -72,15 +44,6 @@ class _Pass(NamedTuple):
     prediction: Tensor
     target: Tensor
     timesteps: Tensor
-
-
-class _Pending(NamedTuple):
-    """A term that is part of a loss, but whose numbers the host has not seen yet."""
-
-    scalars: DeferredScalars
-    prediction: Tensor
-    target: Tensor
-    timesteps: Tensor | float
 
 
 class LossHook:
@@ -103,8 +66,8 @@ class LossHook:
         self._signatures: dict[str, inspect.Signature] = {}
         self._base_pass: _Pass | None = None
         self._keep_pass = False
-        self._pending: list[_Pending] = []
-        self._share = report.ShareReport(training.args)
+        self._monitor = TermMonitor()
+        self._share = ShareReport(getattr(training.args, "max_train_steps", None))
         self._last_scalars: dict[str, float] = {}
         self._schedules: dict[torch.device, Tensor] = {}
         self._timestep_was_obeyed = False
@@ -170,7 +133,7 @@ class LossHook:
     def _all_reduce_network(self, *arguments: Any, **named: Any) -> Any:
         self._settle()
         self.step += 1
-        self._share.after_step(self.step)
+        report.tell(self._share.after_step(self.step))
         return self._originals["all_reduce_network"](*arguments, **named)
 
     def _generate_step_logs(self, *arguments: Any, **named: Any) -> Any:
@@ -186,16 +149,13 @@ class LossHook:
         metadata = call["metadata"]
         metadata["ss_network_module"] = self._network_module
         if self._config.enabled:
-            metadata.update(self._config.metadata())
-            metadata["ss_freq_loss_network_module"] = self._network_module
-            metadata["ss_freq_loss_resolved_method"] = self._config.resolved_method
-            metadata["ss_freq_loss_version"] = __version__
+            metadata.update(self._config.file_metadata(self._network_module))
         return result
 
     # The term
 
     def _frequency_term(self, base_pass: _Pass, base_loss: Tensor, call: dict[str, Any]) -> FrequencyLoss:
-        """The frequency loss of this batch; its numbers join ``_pending``."""
+        """The frequency loss of this batch; the monitor gets its numbers."""
         batch, device = call["batch"], call["accelerator"].device
         timesteps: Tensor | float
         if self._config.timesteps == "unified":
@@ -213,23 +173,18 @@ class LossHook:
             mask=_mask(batch, self._args, used.prediction),
             config=self._config,
         )
-        scalars = DeferredScalars(base_loss, term.low, term.high, term.total)
-        self._pending.append(_Pending(scalars, used.prediction.detach(), used.target.detach(), timesteps))
+        self._monitor.add(base_loss, term, used.prediction, used.target, timesteps)
         return term
 
     def _unified_pass(self, base_pass: _Pass, accelerator: Any) -> tuple[int, _Pass]:
-        """Run the trainer's own pass once more at one timestep for the batch.
-
-        t depends on the seed and the number of the pass only, so that all processes agree on it and a resumed training
-        continues the sequence; the noise differs between processes.
-        """
-        origin = f"freq_loss:{self._args.seed}:{self._passes}"
+        """Run the trainer's own pass once more at one timestep for the batch; the noise differs between processes."""
+        seed, number = self._args.seed, self._passes
         self._passes += 1
-        window = (self._config.min_timestep, self._config.max_timestep)
-        timestep = random.Random(origin).randrange(*window)
+        timestep = unified_timestep(self._config, seed, number)
+        stream = f"{stream_name(seed, number)}:{accelerator.process_index}"
         arguments = dict(base_pass.arguments.arguments)
         arguments["args"] = at_one_timestep(arguments["args"], timestep)
-        with _separate_random_stream(f"{origin}:{accelerator.process_index}", accelerator.device):
+        with separate_random_stream(stream, accelerator.device):
             call = inspect.BoundArguments(base_pass.arguments.signature, arguments)
             results = self._originals["get_noise_pred_and_target"](*call.args, **call.kwargs)
         if not self._timestep_was_obeyed:
@@ -264,67 +219,15 @@ class LossHook:
     # What the user sees of it
 
     def _settle(self) -> None:
-        """Read the scalars that have arrived since the last call.
-
-        Raises:
-            NonFiniteLossError: one of them is NaN or infinite.
-        """
-        for pending in self._pending:
-            base, low, high, total = pending.scalars.read()
-            if not _all_finite(low, high, total):
-                raise NonFiniteLossError(self._describe_failure(pending, base, low, high))
-            share = total / (base + total) if base + total else 0.0
-            self._share.add(share)
-            self._last_scalars = {
-                "loss/freq_low": low,
-                "loss/freq_high": high,
-                "loss/freq_total": total,
-                "loss/freq_share": share,
-            }
-        self._pending.clear()
-
-    def _describe_failure(self, pending: _Pending, base: float, low: float, high: float) -> str:
-        broken = not bool(pending.prediction.isfinite().all())
-        cause = (
-            "the model's own prediction is not finite, so the training had diverged or overflowed without this term: "
-            "lower the learning rate, use bf16 instead of fp16, or train the VAE's latents with no_half_vae"
-            if broken
-            else "the term overflowed: lower dist_match, or narrow the window (freq_loss_max_timestep)"
-        )
-        return (
-            f"the frequency loss is not finite in step {self.step + 1}: low = {low}, high = {high}, "
-            f"base loss = {base}, timesteps = {_shorten(pending.timesteps)}, "
-            f"prediction {_summary(pending.prediction)}, target {_summary(pending.target)}. Likely cause: {cause}. "
-            "The optimizer has not seen this step and nothing was saved with it; the last saved file is intact"
-        )
+        """Read the numbers that have arrived since the last call; raises NonFiniteLossError where one is not finite."""
+        for numbers in self._monitor.settle(self.step + 1):
+            self._share.add(numbers.share)
+            self._last_scalars = numbers.logs()
 
     def _bind(self, name: str, *arguments: Any, **named: Any) -> dict[str, Any]:
         bound = self._signatures[name].bind(*arguments, **named)
         bound.apply_defaults()
         return bound.arguments
-
-
-@contextmanager
-def _separate_random_stream(name: str, device: torch.device) -> Iterator[None]:
-    """Seed every generator that a pass may draw from after ``name``, and put them back as they were afterwards.
-
-    The states live on the host, so this does not wait for the device.
-    """
-    module = None if device.type == "cpu" else getattr(torch, device.type)
-    python_state, host_state = random.getstate(), torch.get_rng_state()
-    device_state = module.get_rng_state() if module else None
-    random.seed(name)
-    seed = random.getrandbits(63)
-    torch.default_generator.manual_seed(seed)
-    if module:
-        module.manual_seed(seed)
-    try:
-        yield
-    finally:
-        random.setstate(python_state)
-        torch.set_rng_state(host_state)
-        if module:
-            module.set_rng_state(device_state)
 
 
 def _loss_weights(batch: Any, device: torch.device) -> Tensor | None:
@@ -341,18 +244,3 @@ def _mask(batch: Any, args: argparse.Namespace, like: Tensor) -> Tensor | None:
 
     ones = torch.ones(like.shape[0], 1, *like.shape[2:], device=like.device)
     return apply_masked_loss(ones, batch)
-
-
-def _all_finite(*numbers: float) -> bool:
-    return all(abs(number) < float("inf") for number in numbers)
-
-
-def _shorten(timesteps: Tensor | float) -> str:
-    return str(timesteps.tolist() if isinstance(timesteps, Tensor) else timesteps)
-
-
-def _summary(tensor: Tensor) -> str:
-    finite = tensor[tensor.isfinite()].float()
-    largest = f"max |x| = {finite.abs().max().item():.4g}" if finite.numel() else "no finite value"
-    broken = tensor.numel() - finite.numel()
-    return f"{tuple(tensor.shape)} {tensor.dtype} ({largest}, {broken} of {tensor.numel()} not finite)"

@@ -137,12 +137,8 @@ def _check_wrapped_name(name: str) -> None:
 
 
 def _check_against_trainer(config: FreqLossConfig, args: argparse.Namespace, family: Family) -> None:
-    prediction_type = family.prediction_type(args)
-    if config.sample_weights == "min_snr" and family.prediction != "scheduler":
-        raise ConfigError(
-            f"freq_loss_sample_weights = 'min_snr': defined for epsilon and v-prediction, and {family.name} is a flow "
-            "model; set freq_loss_sample_weights = 'none'"
-        )
+    zero_terminal_snr = bool(getattr(args, "zero_terminal_snr", False))
+    config.check_model(family.prediction_type(args), zero_terminal_snr=zero_terminal_snr)
     shape = getattr(args, "model_prediction_type", "raw")
     if config.timesteps == "own" and family.prediction == "flow" and shape != "raw":
         raise ConfigError(
@@ -155,13 +151,6 @@ def _check_against_trainer(config: FreqLossConfig, args: argparse.Namespace, fam
             f"freq_loss_timesteps = 'unified' with blocks_to_swap = {args.blocks_to_swap}: swapped blocks allow one "
             "forward pass per backward pass, and unified needs two; set freq_loss_timesteps = 'own', or remove "
             "blocks_to_swap"
-        )
-    last = config.max_timestep - 1
-    if getattr(args, "zero_terminal_snr", False) and prediction_type == "epsilon" and last == 999:
-        raise ConfigError(
-            f"freq_loss_max_timestep = {config.max_timestep} with zero_terminal_snr and epsilon prediction: at t = 999 "
-            "there is no signal left to recover a latent from; set freq_loss_max_timestep = 999 or less, or train with "
-            "v_parameterization"
         )
     resolution = _smallest_side(getattr(args, "resolution", None))
     if resolution:

@@ -19,9 +19,12 @@ import oracle
 import pytest
 import torch
 
+import freq_loss_plugin.report
 from freq_loss_plugin import ConfigError, FreqLossConfig
+from freq_loss_plugin.report import ShareReport
+from freq_loss_plugin.step import DeferredScalars, NonFiniteLossError
 from kohya_patch import network, report
-from kohya_patch.hook import DeferredScalars, LossHook, NonFiniteLossError
+from kohya_patch.hook import LossHook
 from kohya_patch.trainers import (
     FAMILIES,
     Training,
@@ -274,8 +277,8 @@ def test_no_option_of_sd_scripts_looks_like_one_of_ours(stand_ins, name):
 @pytest.mark.parametrize(
     ("name", "settings", "words"),
     [
-        ("flux", {"freq_loss_sample_weights": "min_snr"}, ["'min_snr'", "FLUX / Chroma is a flow", "'none'"]),
-        ("sd3", {"freq_loss_sample_weights": "min_snr"}, ["'min_snr'", "SD3 is a flow"]),
+        ("flux", {"freq_loss_sample_weights": "min_snr"}, ["'min_snr'", "predicts 'flow'", "'none'"]),
+        ("sd3", {"freq_loss_sample_weights": "min_snr"}, ["'min_snr'", "predicts 'sample'"]),
         (
             "flux",
             {"freq_loss_timesteps": "own", "model_prediction_type": "sigma_scaled"},
@@ -401,10 +404,10 @@ def test_deferred_scalars_are_the_scalars():
 def test_the_share_is_told_once_after_fifty_steps(caplog, share, level, words):
     pytest.importorskip("accelerate")
     caplog.set_level(logging.INFO, logger="kohya_patch")
-    shares = report.ShareReport(argparse.Namespace(max_train_steps=1000))
+    shares = ShareReport(1000)
     for step in range(1, 120):
         shares.add(share)
-        shares.after_step(step)
+        report.tell(shares.after_step(step))
         assert len(caplog.records) == (step >= 50)
     assert caplog.records[0].levelno == level
     assert words in caplog.text
@@ -422,7 +425,8 @@ def test_the_share_is_told_once_after_fifty_steps(caplog, share, level, words):
     ],
 )
 def test_a_window_outside_the_trainers_own_is_told(options, trainer, words):
-    warnings = report._window_warnings(FreqLossConfig(**options), argparse.Namespace(**trainer))
+    window = (trainer.get("min_timestep"), trainer.get("max_timestep"))
+    warnings = freq_loss_plugin.report.warnings(FreqLossConfig(**options), 4, *window)
     assert (not warnings) if words is None else words in warnings[0]
 
 
