@@ -5,9 +5,10 @@ Plain torch: this package knows neither sd-scripts nor ComfyUI. Read it in this 
 """
 
 from .bands import Bands, frequency_decomposition
-from .config import ConfigError, FreqLossConfig
+from .config import FreqLossConfig
 from .latents import recover_latent
 from .loss import FrequencyLoss, frequency_matching_loss, reference_loss
+from .options import ConfigError
 from .version import __version__
 
 __all__ = [

@@ -162,8 +162,7 @@ def batch_weights(
 ) -> Tensor | float:
     r"""w_i: the given sample weights times what ``config`` asks for; shape (B,), or a number that holds for all.
 
-    - ``sample_weights = "min_snr"``: min(SNR, γ)/SNR for epsilon and min(SNR, γ)/(SNR + 1) for v_prediction, with
-      SNR = ᾱ/(1 − ᾱ) (Hang et al. 2023, arXiv 2303.09556, in the form that sd-scripts uses).
+    - ``sample_weights = "min_snr"``: `min_snr_weights`.
     - ``timesteps = "own"``: 1 where min_timestep ≤ t < max_timestep, otherwise 0.
 
     Raises:
@@ -171,7 +170,7 @@ def batch_weights(
     """
     weights: Tensor | float = 1.0
     if config.sample_weights == "min_snr":
-        weights = _min_snr_weights(prediction_type, timesteps, alphas_cumprod, config.min_snr_gamma)
+        weights = min_snr_weights(prediction_type, timesteps, alphas_cumprod, config.min_snr_gamma)
     if config.timesteps == "own":
         weights = weights * _inside_window(timesteps, sigmas, config)
     if sample_weights is not None:
@@ -179,9 +178,25 @@ def batch_weights(
     return weights
 
 
-def _min_snr_weights(
+def min_snr_weights(
     prediction_type: PredictionType, timesteps: Tensor | float | None, alphas_cumprod: Tensor | None, gamma: float
 ) -> Tensor | float:
+    """Min-SNR weights: min(SNR, γ)/SNR for epsilon, min(SNR, γ)/(SNR + 1) for v_prediction, with SNR = ᾱ/(1 − ᾱ).
+
+    Source: Hang et al. 2023 (arXiv 2303.09556), in the form that sd-scripts uses.
+
+    Args:
+        prediction_type: ``"epsilon"`` or ``"v_prediction"``.
+        timesteps: shape (B,), or one number.
+        alphas_cumprod: ᾱ of the scheduler, shape (1000,).
+        gamma: γ.
+
+    Returns:
+        Shape (B,), or a number for one timestep.
+
+    Raises:
+        ValueError: another prediction type, for which they are not defined.
+    """
     if prediction_type not in ("epsilon", "v_prediction"):
         raise ValueError(
             f"freq_loss_sample_weights = 'min_snr' is defined for epsilon and v_prediction, and this model predicts "

@@ -1,4 +1,4 @@
-"""Options as fields of a dataclass: their keys, types and choices, and errors in the words of the person who wrote them.
+"""Options as fields of a dataclass: keys, types, choices, and errors in the words of the person who wrote them.
 
 `freq_loss_plugin.config` and the engine's settings are such dataclasses; both check their values here.
 """
@@ -62,7 +62,7 @@ def parse(option: Any, value: str) -> Any:
 
 
 def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
-    """One level of sections merged into the top level, as sd-scripts reads its TOML; the first of two equal keys wins."""
+    """One level of sections merged into the top level, as sd-scripts does; of two equal keys the first wins."""
     flat = {key: value for key, value in values.items() if not isinstance(value, Mapping)}
     for table in values.values():
         if isinstance(table, Mapping):

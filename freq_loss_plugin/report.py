@@ -15,13 +15,14 @@ SHARE_STEPS = 50
 SMALL_SHARE, LARGE_SHARE = 0.01, 0.5
 
 
-def describe(config: FreqLossConfig, model: str, network_module: str) -> list[str]:
+def describe(config: FreqLossConfig, model: str, network_module: str, *, graphs: int = 2) -> list[str]:
     """The lines of the block at the start: which options are in force and what they cost.
 
     Args:
         config: the options.
         model: what is trained, for people: ``SDXL (prediction type epsilon)``.
         network_module: the module that made the network.
+        graphs: how many autograd graphs are alive at a time where there is an extra pass.
     """
     if not config.enabled:
         return [
@@ -32,7 +33,7 @@ def describe(config: FreqLossConfig, model: str, network_module: str) -> list[st
     shown["freq_loss_network_module"] = network_module
     lines = [f"freq_loss {__version__}: on for {model}"]
     lines += [f"  {key} = {value}{_remark(key, config)}" for key, value in shown.items() if _matters(key, config)]
-    lines.append(f"  cost: {_cost(config)}")
+    lines.append(f"  cost: {_cost(config, graphs)}")
     return lines
 
 
@@ -96,12 +97,12 @@ def _matters(key: str, config: FreqLossConfig) -> bool:
     return key != "min_snr_gamma" or config.sample_weights == "min_snr"
 
 
-def _cost(config: FreqLossConfig) -> str:
+def _cost(config: FreqLossConfig, graphs: int) -> str:
     if config.timesteps == "unified":
-        return (
-            "one extra forward and backward pass per batch, so about twice the time per step and up to twice the "
-            "activation memory; freq_loss_timesteps = 'own' needs neither"
-        )
+        time = "one extra forward and backward pass per batch, so about twice the time per step"
+        if graphs == 1:
+            return f"{time}, and no more memory; freq_loss_timesteps = 'own' needs no extra pass"
+        return f"{time} and up to twice the activation memory; freq_loss_timesteps = 'own' needs neither"
     return "no extra pass; a few plain MSEs per batch"
 
 

@@ -1,0 +1,200 @@
+"""Pictures in kohya's folder layout: finding them, reading them, and the batches of a training.
+
+    train_data_dir/10_mycat/one.png          ten times per epoch
+    train_data_dir/10_mycat/one.caption      its caption; without one, "mycat"
+
+Which picture a batch holds depends on the seed and the number of the batch alone, so that a resumed training goes on
+where it stopped.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..options import ConfigError
+from .settings import Settings
+
+ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+# How many names an error or a warning lists.
+_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Example:
+    """One picture of the data set.
+
+    Attributes:
+        file: where it is.
+        caption: its words.
+        repeats: how often it is shown per epoch.
+        size: (width, height) at which it is trained.
+    """
+
+    file: Path
+    caption: str
+    repeats: int
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """All pictures of a training, and what there is to say about them."""
+
+    examples: list[Example]
+    warnings: list[str]
+
+    @property
+    def tag_frequency(self) -> dict[str, dict[str, int]]:
+        """How often each comma-separated tag occurs, by folder: the ``ss_tag_frequency`` of a LoRA file."""
+        counts: dict[str, Counter] = {}
+        for example in self.examples:
+            tags = [tag.strip().lower() for tag in example.caption.split(",") if tag.strip()]
+            counts.setdefault(example.file.parent.name, Counter()).update(tags)
+        return {folder: dict(counter) for folder, counter in counts.items()}
+
+
+def find(settings: Settings) -> DataSet:
+    """The pictures below ``train_data_dir``, every one of which can be read.
+
+    Raises:
+        ConfigError: there are none, or some cannot be read; those are listed.
+    """
+    root = Path(settings.train_data_dir)
+    examples, broken, without_caption, ignored = [], [], [], []
+    for folder in sorted(path for path in root.iterdir() if path.is_dir()):
+        match = re.fullmatch(r"(\d+)_(.*)", folder.name)
+        if match is None:
+            ignored.append(folder.name)
+            continue
+        for file in sorted(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS):
+            size = _readable_size(file)
+            if size is None:
+                broken.append(file)
+                continue
+            caption = _caption(file, settings.caption_extension)
+            if caption is None:
+                without_caption.append(file)
+            words = match.group(2) if caption is None else caption
+            examples.append(Example(file, words, int(match.group(1)), bucket(size, settings)))
+    if broken:
+        raise ConfigError(f"pictures that cannot be read: {_list(broken, root)}; repair or remove them")
+    examples = [example for example in examples if example.repeats > 0]
+    if not examples:
+        raise ConfigError(
+            f"train_data_dir = {settings.train_data_dir!r}: no pictures. Expected folders named like 10_mycat "
+            f"(repeats, underscore, any name) with {', '.join(sorted(ENDINGS))} files in them"
+            + (f"; found only {', '.join(ignored[:_SHOWN])}" if ignored else "")
+        )
+    warnings = []
+    if ignored:
+        warnings.append(f"folders without a number of repeats are passed over: {', '.join(ignored[:_SHOWN])}")
+    if without_caption:
+        warnings.append(
+            f"{len(without_caption)} pictures have no caption file (*{settings.caption_extension}) and get the name of "
+            f"their folder as caption: {_list(without_caption, root)}"
+        )
+    return DataSet(examples, warnings)
+
+
+def bucket(picture: tuple[int, int], settings: Settings) -> tuple[int, int]:
+    """The (width, height) at which a picture of this (width, height) is trained.
+
+    Without buckets, the resolution. With them, the one whose aspect ratio is nearest, of those with an area of at most
+    the resolution's and sides that are multiples of ``bucket_reso_steps``; as in sd-scripts.
+    """
+    if not settings.enable_bucket:
+        return settings.size
+    ratio = picture[0] / picture[1]
+    return min(_buckets(settings), key=lambda size: abs(size[0] / size[1] - ratio))
+
+
+def _buckets(settings: Settings) -> list[tuple[int, int]]:
+    area, step = settings.size[0] * settings.size[1], settings.bucket_reso_steps
+    sides = range(settings.min_bucket_reso, settings.max_bucket_reso + 1, step)
+    found = {(side, min(settings.max_bucket_reso, area // side // step * step)) for side in sides}
+    found = {size for size in found if size[1] >= settings.min_bucket_reso}
+    square = int(area**0.5) // step * step
+    found |= {(height, width) for width, height in found} | {(square, square)}
+    return sorted(size for size in found if size[1] > 0)
+
+
+def load_pixels(example: Example) -> Tensor:
+    """The picture, scaled to cover its size and cropped at the centre: shape (3, H, W), −1..1."""
+    width, height = example.size
+    with Image.open(example.file) as picture:
+        picture = picture.convert("RGB")
+        scale = max(width / picture.width, height / picture.height)
+        covering = max(width, round(picture.width * scale)), max(height, round(picture.height * scale))
+        if covering != picture.size:
+            picture = picture.resize(covering, Image.Resampling.LANCZOS)
+        left, top = (picture.width - width) // 2, (picture.height - height) // 2
+        pixels = np.asarray(picture.crop((left, top, left + width, top + height)))
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1
+
+
+class Batches:
+    """The batches of a training, by their number; each holds pictures of one size.
+
+    Args:
+        examples: the data set.
+        batch_size: most pictures per batch; the last one of a size in an epoch may have fewer.
+        seed: decides the order, together with the number of the epoch.
+    """
+
+    def __init__(self, examples: list[Example], batch_size: int, seed: int) -> None:
+        self._batch_size, self._seed = batch_size, seed
+        self._by_size: dict[tuple[int, int], list[int]] = {}
+        for index, example in enumerate(examples):
+            self._by_size.setdefault(example.size, []).extend([index] * example.repeats)
+        self.per_epoch = sum(-(-len(indices) // batch_size) for indices in self._by_size.values())
+        self._epoch: tuple[int, list[list[int]]] = (-1, [])
+
+    def __getitem__(self, number: int) -> list[int]:
+        """Indices of the pictures in batch ``number``, counted from the start of the training."""
+        epoch, place = divmod(number, self.per_epoch)
+        if self._epoch[0] != epoch:
+            self._epoch = (epoch, self._shuffled(epoch))
+        return self._epoch[1][place]
+
+    def _shuffled(self, epoch: int) -> list[list[int]]:
+        order = random.Random(f"batches:{self._seed}:{epoch}")
+        batches = []
+        for indices in self._by_size.values():
+            indices = order.sample(indices, len(indices))
+            batches += [indices[i : i + self._batch_size] for i in range(0, len(indices), self._batch_size)]
+        order.shuffle(batches)
+        return batches
+
+
+def _readable_size(file: Path) -> tuple[int, int] | None:
+    """(width, height), or None where the file is no whole picture."""
+    try:
+        with Image.open(file) as picture:
+            picture.load()
+            return picture.size
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return None
+
+
+def _caption(file: Path, ending: str) -> str | None:
+    path = file.with_suffix(ending)
+    if not path.is_file():
+        return None
+    try:
+        return path.read_text(encoding="utf-8").strip().split("\n")[0]
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not UTF-8 text; save it as UTF-8") from None
+
+
+def _list(files: list[Path], root: Path) -> str:
+    names = [str(file.relative_to(root)) for file in files[:_SHOWN]]
+    return ", ".join(names) + (f" and {len(files) - _SHOWN} more" if len(files) > _SHOWN else "")

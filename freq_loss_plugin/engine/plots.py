@@ -1,0 +1,77 @@
+"""The two pictures that a comparison leaves behind."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..spectra import radial_power_spectrum
+from .lora_file import write_whole
+from .training import Outcome
+
+# One colour an arm, in every plot: pictures, before, plain MSE, with the loss (Okabe and Ito's palette).
+_COLOURS = ("#000000", "#999999", "#E69F00", "#0072B2")
+
+
+def comparison(file: Path, rows: Mapping[str, Tensor], prompts: list[str]) -> Path:
+    """A grid: one row for each entry of ``rows`` (pictures of shape (n, 3, H, W), 0..1), one column for each prompt."""
+    figure, axes = _figure(len(rows), len(prompts), 1.55, 1.7)
+    for row, (name, pictures) in zip(axes, rows.items(), strict=True):
+        row[0].set_ylabel(name.replace(" with", "\nwith").replace("the frequency", "the\nfrequency"), fontsize=9)
+        for axis, picture in zip(row, pictures, strict=False):
+            axis.imshow(picture.permute(1, 2, 0).numpy())
+        for axis in row:
+            axis.set_xticks([])
+            axis.set_yticks([])
+    for axis, prompt in zip(axes[1], prompts, strict=True):
+        axis.set_title(textwrap.fill(prompt, 26), fontsize=6)
+    return _write(figure, file)
+
+
+def curves(file: Path, outcomes: Mapping[str, Outcome], rows: Mapping[str, Tensor]) -> Path:
+    """Band losses over the training (left) and radial spectra of the pictures in ``rows`` (right)."""
+    figure, axes = _figure(1, 3, 4.2, 3.4)
+    colours = dict(zip(rows, _COLOURS, strict=False))
+    for axis, band in zip(axes[0], ("low", "high"), strict=False):
+        for name, outcome in outcomes.items():
+            if outcome.evaluations:
+                steps = [evaluation.step for evaluation in outcome.evaluations]
+                values = [getattr(evaluation, band) for evaluation in outcome.evaluations]
+                axis.plot(steps, values, label=name, color=colours[name])
+            elif outcome.history and any(getattr(numbers, band) for numbers in outcome.history):
+                axis.plot(
+                    _smooth([getattr(numbers, band) for numbers in outcome.history]), color=colours[name], label=name
+                )
+        where = "held-out pictures" if any(outcome.evaluations for outcome in outcomes.values()) else "training batches"
+        axis.set_title(f"L_{band} on {where}", fontsize=10)
+        axis.set_xlabel("step")
+        axis.set_ylim(bottom=0)
+        axis.legend(fontsize=8)
+    for name, pictures in rows.items():
+        spectrum = radial_power_spectrum(pictures)
+        axes[0][2].loglog(spectrum.frequency, spectrum.power, label=name, color=colours[name])
+    axes[0][2].set_title("radial power spectrum", fontsize=10)
+    axes[0][2].set_xlabel("cycles per pixel")
+    axes[0][2].legend(fontsize=8)
+    return _write(figure, file)
+
+
+def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
+    """A figure that needs no screen and leaves pyplot's state alone."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * columns + 0.6, height * rows + 0.2), dpi=120, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _write(figure: Any, file: Path) -> Path:
+    write_whole(file, lambda part: figure.savefig(part, format="png"))
+    return file
+
+
+def _smooth(values: list[float], window: int = 20) -> list[float]:
+    return [sum(values[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(values))]

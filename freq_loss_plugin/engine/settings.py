@@ -1,0 +1,255 @@
+"""The keys of a kohya TOML that the engine knows, checked before anything is loaded.
+
+A key means here what it means to sd-scripts. The defaults are sd-scripts', except where a line says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import toml
+
+from ..config import FreqLossConfig, check_section, parse_strings
+from ..latents import NUM_TRAIN_TIMESTEPS, PredictionType
+from ..options import ConfigError, check_options, flatten, key_of, nearest, option, parse, wrong_value
+
+NETWORK_MODULES = ("kohya_patch", "networks.lora")
+# What diffusers.optimization.get_scheduler and sd-scripts both know.
+LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+USE_SD_SCRIPTS = (
+    "This is the small engine of freq_loss_plugin; for everything else train the same TOML with sd-scripts "
+    "(https://github.com/kohya-ss/sd-scripts): accelerate launch train_network.py --config_file YOUR.toml"
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The training settings, validated when made.
+
+    Raises:
+        ConfigError: a value of the wrong type or outside its range, or two that contradict each other.
+    """
+
+    pretrained_model_name_or_path: str = option("", "SD1.x or SD2.x: a diffusers folder or a .safetensors file")
+    v2: bool = option(False, "the model is an SD2.x")
+    v_parameterization: bool = option(False, "the model predicts v")
+    zero_terminal_snr: bool = option(False, "rescale the noise schedule to zero terminal SNR")
+    clip_skip: int | None = option(None, "use the output of the layer so many from the end of the text encoder")
+
+    train_data_dir: str = option("", "the folder that holds folders like 10_mycat: repeats, underscore, any name")
+    caption_extension: str = option(".caption", "ending of the caption files")
+    resolution: str = option("512", "side of the pictures in pixels, or width,height")  # sd-scripts has no default
+    enable_bucket: bool = option(False, "train pictures at the shape nearest to their own")
+    min_bucket_reso: int = option(256, "smallest side of a bucket")
+    max_bucket_reso: int = option(1024, "largest side of a bucket")
+    bucket_reso_steps: int = option(64, "sides of buckets are multiples of this")
+    train_batch_size: int = option(4, "pictures per batch")  # sd-scripts: 1
+    cache_latents: bool = option(True, "latents are always made once, before training", choices=(True,))
+
+    network_module: str = option("kohya_patch", "the module that sd-scripts would train", choices=NETWORK_MODULES)
+    network_dim: int = option(4, "rank of the LoRA")
+    network_alpha: float = option(1.0, "the LoRA is scaled by network_alpha / network_dim")
+    network_train_unet_only: bool = option(False, "leave the text encoder alone")
+    learning_rate: float = option(1e-4, "learning rate")  # sd-scripts: 2e-6
+    unet_lr: float | None = option(None, "learning rate of the UNet's LoRA; learning_rate where left out")
+    text_encoder_lr: float | None = option(None, "the same for the text encoder's")
+    lr_scheduler: str = option("constant", "course of the learning rate", choices=LR_SCHEDULERS)
+    lr_warmup_steps: int = option(0, "steps in which the learning rate rises")
+    lr_scheduler_num_cycles: int = option(1, "restarts of cosine_with_restarts")
+    optimizer_type: str = option("AdamW", "the optimizer", choices=("AdamW",))
+    max_grad_norm: float = option(1.0, "the gradient is scaled down to this norm; 0 for no limit")
+    max_train_steps: int = option(1600, "optimizer steps")
+    gradient_accumulation_steps: int = option(1, "batches per optimizer step")
+    gradient_checkpointing: bool = option(False, "recompute activations: less memory, more time")
+    mixed_precision: str = option("no", "precision of the frozen weights", choices=("no", "fp16", "bf16"))
+    sdpa: bool = option(True, "attention is always torch's scaled_dot_product_attention", choices=(True,))
+    seed: int = option(42, "seed of everything random")  # sd-scripts draws one
+    min_snr_gamma: float | None = option(None, "min-SNR weights of the base loss; 5 is usual")
+    min_timestep: int | None = option(None, "first timestep of the base loss")
+    max_timestep: int | None = option(None, "end of its timesteps, exclusive")
+
+    output_dir: str = option("output", "where everything is written")
+    output_name: str = option("last", "name of the LoRA file")
+    save_model_as: str = option("safetensors", "format of the LoRA file", choices=("safetensors",))
+    save_precision: str | None = option(None, "precision of the LoRA file", choices=("float", "fp16", "bf16"))
+    save_every_n_steps: int | None = option(None, "write LoRA and state every so many steps, too")
+    logging_dir: str | None = option(None, "write TensorBoard logs there")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        self._check_ranges()
+        self._check_paths()
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) in pixels."""
+        try:
+            sides = [int(part) for part in str(self.resolution).split(",")]
+        except ValueError:
+            sides = []
+        if len(sides) not in (1, 2) or any(side < 64 or side % 8 for side in sides):
+            raise wrong_value(
+                self, "resolution", 'a side like 512, or "width,height", of at least 64 and divisible by 8'
+            )
+        return sides[0], sides[-1]
+
+    @property
+    def prediction_type(self) -> PredictionType:
+        """What the model predicts."""
+        return "v_prediction" if self.v_parameterization else "epsilon"
+
+    @property
+    def learning_rates(self) -> tuple[float, float]:
+        """Those of the UNet and of the text encoder; 0 where it is not trained."""
+        text = 0.0 if self.network_train_unet_only else _first(self.text_encoder_lr, self.learning_rate)
+        return _first(self.unet_lr, self.learning_rate), text
+
+    @property
+    def lora_file(self) -> Path:
+        """Where the trained LoRA is written."""
+        return Path(self.output_dir) / f"{self.output_name}.safetensors"
+
+    @property
+    def state_file(self) -> Path:
+        """Where the state for resuming is written."""
+        return Path(self.output_dir) / f"{self.output_name}.state"
+
+    def _check_ranges(self) -> None:
+        whole = ("network_dim", "train_batch_size", "max_train_steps", "gradient_accumulation_steps", "min_bucket_reso")
+        for name in (*whole, "max_bucket_reso", "bucket_reso_steps", "lr_scheduler_num_cycles"):
+            if getattr(self, name) < 1:
+                raise wrong_value(self, name, "a whole number ≥ 1")
+        for name in ("save_every_n_steps", "clip_skip"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise wrong_value(self, name, "a whole number ≥ 1; leave it out for none")
+        for name in ("learning_rate", "unet_lr", "text_encoder_lr", "max_grad_norm", "lr_warmup_steps"):
+            if not 0 <= _first(getattr(self, name), 0) < math.inf:
+                raise wrong_value(self, name, "a finite number ≥ 0")
+        for name in ("network_alpha", "min_snr_gamma"):
+            if not 0 < _first(getattr(self, name), 1) < math.inf:
+                raise wrong_value(self, name, "a finite number > 0")
+        first, end = _first(self.min_timestep, 0), _first(self.max_timestep, NUM_TRAIN_TIMESTEPS)
+        if not 0 <= first < end <= NUM_TRAIN_TIMESTEPS:
+            raise ConfigError(
+                f"min_timestep = {first} and max_timestep = {end}: expected 0 ≤ min_timestep < max_timestep ≤ "
+                f"{NUM_TRAIN_TIMESTEPS}"
+            )
+        if self.bucket_reso_steps % 8:
+            raise wrong_value(self, "bucket_reso_steps", "a multiple of 8, the factor of the VAE")
+        if not any(self.learning_rates):
+            raise ConfigError("every learning rate is 0: nothing would be trained; set learning_rate")
+        _ = self.size
+
+    def _check_paths(self) -> None:
+        for name, example in (("pretrained_model_name_or_path", "sd15.safetensors"), ("train_data_dir", "photos")):
+            if not getattr(self, name):
+                raise ConfigError(f'{name} is missing: write {name} = "{example}" into the TOML')
+        if not Path(self.train_data_dir).is_dir():
+            raise wrong_value(self, "train_data_dir", "a folder, and there is none of that name")
+
+
+def read(values: Mapping[str, Any]) -> tuple[Settings, FreqLossConfig]:
+    """Settings and loss options out of a TOML's content.
+
+    Args:
+        values: keys to values, flat or in sections, which are flattened one level as sd-scripts does.
+
+    Raises:
+        ConfigError: a key that neither the engine nor the loss has, or an invalid value.
+    """
+    check_section(values.get("freq_loss", {}))
+    flat = flatten(values)
+    given = parse_strings(_network_args(flat.pop("network_args", None)))
+    loss = FreqLossConfig.from_mapping({**values, **given})
+    known = {key_of(each): each.name for each in fields(Settings)}
+    for key in flat:
+        if key not in known and key not in FreqLossConfig.fields_by_key():
+            raise _unknown(key, list(known))
+    if isinstance(flat.get("resolution"), int):
+        flat["resolution"] = str(flat["resolution"])
+    if flat.get("min_snr_gamma") == 0:
+        del flat["min_snr_gamma"]  # as sd-scripts: 0 is off
+    return Settings(**{known[key]: value for key, value in flat.items() if key in known}), loss
+
+
+def read_file(path: Path, overrides: Mapping[str, Any]) -> tuple[Settings, FreqLossConfig]:
+    """The same for a TOML file; ``overrides``, from the command line, win.
+
+    Raises:
+        ConfigError: there is no such file, it is no TOML, or see `read`.
+    """
+    if not path.is_file():
+        raise ConfigError(f"--config {path}: there is no such file")
+    try:
+        values = toml.load(path)
+    except (toml.TomlDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path} is not a TOML file: {error}") from None
+    return read(override(values, overrides))
+
+
+def override(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` with some keys replaced, whatever section they stand in."""
+    replaced = {
+        name: {key: value for key, value in table.items() if key not in overrides}
+        if isinstance(table, Mapping)
+        else table
+        for name, table in values.items()
+    }
+    return {**replaced, **overrides}
+
+
+def parse_argument(key: str, value: str) -> Any:
+    """The value of ``--key value`` on the command line.
+
+    Raises:
+        ConfigError: no such key, or no value of its type.
+    """
+    ours = {key_of(each): each for each in fields(Settings)}
+    theirs = {key_of(each): each for each in fields(FreqLossConfig)}
+    found = ours.get(key) or theirs.get(key)
+    if found is None:
+        raise _unknown(key, [*ours, *theirs])
+    return parse(found, value)
+
+
+def as_toml(settings: Settings, loss: FreqLossConfig) -> str:
+    """The TOML that describes a training, without what is at its default; sd-scripts reads it, too."""
+    # Spelt out where sd-scripts has another default, or none.
+    always = ("resolution", "train_batch_size", "learning_rate", "seed", "cache_latents", "sdpa", "network_module")
+    training = {
+        key_of(each): getattr(settings, each.name)
+        for each in fields(Settings)
+        if each.name in always or getattr(settings, each.name) != each.default
+    }
+    keys = {name: key for key, name in FreqLossConfig.fields_by_key().items()}
+    options = {
+        keys[each.name]: getattr(loss, each.name)
+        for each in fields(FreqLossConfig)
+        if each.name == "dist_match" or getattr(loss, each.name) != each.default
+    }
+    options.pop("min_snr_gamma", None)  # stands among the training's own
+    return toml.dumps({"training": training, "freq_loss": options})
+
+
+def _network_args(items: Any) -> dict[str, str]:
+    pairs = {}
+    for item in items or []:
+        key, _, value = str(item).partition("=")
+        if key not in FreqLossConfig.fields_by_key():
+            raise ConfigError(f"network_args: {item!r} is no option of the frequency loss. {USE_SD_SCRIPTS}")
+        pairs[key] = value
+    return pairs
+
+
+def _unknown(key: str, known: list[str]) -> ConfigError:
+    meant = nearest(key, known, cutoff=0.8)
+    suggestion = f" Did you mean {meant}?" if meant else ""
+    return ConfigError(f"{key}: not supported.{suggestion} Supported keys: {', '.join(known)}. {USE_SD_SCRIPTS}")
+
+
+def _first(value: Any, otherwise: Any) -> Any:
+    return otherwise if value is None else value
