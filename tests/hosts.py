@@ -36,3 +36,11 @@ def sd_scripts() -> Path:
     if missing:
         pytest.skip(f"sd-scripts is at {path}, but this Python lacks {', '.join(missing)}; run tests/run.sh")
     return path
+
+
+def comfyui() -> Path:
+    """The checkout of ComfyUI; skips the calling test where there is none."""
+    path = find("COMFYUI_DIR", "ComfyUI")
+    if path is None:
+        pytest.skip("no ComfyUI: set COMFYUI_DIR, or clone it to ~/.cache/freq_loss_plugin/ComfyUI")
+    return path

@@ -1,16 +1,18 @@
 """Runs one real sd-scripts training script in this process, with a narrowed UNet and, if asked, a record of it.
 
-    python launch.py [--record FILE] SCRIPT ARGUMENT ...
+    python launch.py [--record FILE] [--unet CONFIG.json] SCRIPT ARGUMENT ...
 
-The UNet's widths are constants of ``library/original_unet.py``; they are narrowed before the script runs with runpy, as
-``__main__``. With ``--record``, every call of ``get_noise_pred_and_target`` and every loss that ``process_batch``
-returns is saved to FILE (and FILE.1, FILE.2, ... in further processes), for the tests to compute with.
+The UNet's widths and groups are constants of ``library/original_unet.py``; they are set to those of a diffusers UNet's
+config, or to the small ones of `material`, before the script runs with runpy, as ``__main__``. With ``--record``, every
+call of ``get_noise_pred_and_target`` and every loss that ``process_batch`` returns is saved to FILE (and FILE.1,
+FILE.2, ... in further processes), for the tests to compute with.
 """
 
 from __future__ import annotations
 
 import atexit
 import functools
+import json
 import os
 import runpy
 import site
@@ -23,27 +25,33 @@ def main() -> None:
     record = None
     if arguments[0] == "--record":
         record, arguments = arguments[1], arguments[2:]
+    unet_config = None
+    if arguments[0] == "--unet":
+        unet_config, arguments = Path(arguments[1]).resolve(), arguments[2:]
     script = Path(arguments[0]).resolve()
     os.chdir(script.parent)
     sys.path.insert(0, str(script.parent))
     sys.argv = [str(script), *arguments[1:]]
     # Reads the .pth file there, as Python does with those in site-packages: the working tree needs no installation.
     site.addsitedir(str(Path(__file__).resolve().parents[2] / "kohya_patch"))
-    _narrow_unet()
+    narrow_unet(unet_config)
     _leave_frozen_models_unwrapped()
     if record:
         _record_passes(record)
     runpy.run_path(str(script), run_name="__main__")
 
 
-def _narrow_unet() -> None:
+def narrow_unet(config: Path | None) -> None:
+    """Give sd-scripts' UNet other widths and groups than SD1.5's; to be called before one is made."""
     from library import original_unet
     from material import NARROW
 
-    widths = NARROW["unet"]
+    found = json.loads(config.read_text()) if config else {"block_out_channels": NARROW["unet"], "norm_num_groups": 32}
+    widths = tuple(found["block_out_channels"])
     original_unet.BLOCK_OUT_CHANNELS = widths
     original_unet.TIMESTEP_INPUT_DIM = widths[0]
     original_unet.TIME_EMBED_DIM = widths[0] * 4
+    original_unet.NORM_GROUPS = original_unet.TRANSFORMER_NORM_NUM_GROUPS = found["norm_num_groups"]
 
 
 def _leave_frozen_models_unwrapped() -> None:

@@ -68,11 +68,15 @@ class Run:
 
 
 class SdScripts:
-    """A checkout of sd-scripts with a small model, a tokenizer and photos."""
+    """A checkout of sd-scripts with a small model, a tokenizer and photos.
 
-    def __init__(self, path: Path, material: Path) -> None:
+    ``unet_config`` is that of the model's UNet, where it is not the one that `material` makes.
+    """
+
+    def __init__(self, path: Path, material: Path, unet_config: Path | None = None) -> None:
         self.path = path
         self.material = material
+        self.unet_config = unet_config
 
     def train(
         self,
@@ -96,8 +100,10 @@ class SdScripts:
         if processes > 1:
             # What `accelerate launch` starts for several processes; its own CPU launcher wants MPI.
             launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command = [*launcher, str(HERE / "launch.py"), "--record", str(folder / "events"), str(self.path / script)]
-        command += ["--config_file", str(folder / "config.toml"), *arguments]
+        command = [*launcher, str(HERE / "launch.py"), "--record", str(folder / "events")]
+        if self.unet_config is not None:
+            command += ["--unet", str(self.unet_config)]
+        command += [str(self.path / script), "--config_file", str(folder / "config.toml"), *arguments]
         environment = {
             **os.environ,
             "PYTHONPATH": str(ROOT),
