@@ -362,9 +362,13 @@ def train_unet(options: argparse.Namespace, device: torch.device) -> None:
         chosen = generator.integers(len(captions), size=16)
         mean, deviation = latents[chosen].to(device).chunk(2, dim=1)
         clean = SCALING_FACTOR * (mean + deviation * torch.randn_like(mean))
+        # Even at the last timestep of SD's schedule some of the picture is left, enough to read brightness and position
+        # off it; a model that learns to do so ignores those words and takes both from the noise when it samples. Hence
+        # an offset, which hides the brightness, and more of the high timesteps, at which only the caption tells.
         noise = torch.randn_like(clean)
-        # One timestep out of each sixteenth of the schedule: uniform, with less variance from step to step.
-        timesteps = torch.from_numpy((np.arange(16) + generator.random(16)) / 16 * 1000).long().to(device)
+        noise = noise + 0.15 * torch.randn(*noise.shape[:2], 1, 1, device=device)
+        timesteps = torch.from_numpy(np.concatenate((spread(generator, 0, 1000), spread(generator, 650, 1000))))
+        timesteps = timesteps.to(device)
         # One caption in ten is empty, for classifier-free guidance.
         words = [captions[i] if generator.random() > 0.1 else "" for i in chosen]
         states = text_encoder(tokens(tokenizer, words, device))[0]
@@ -374,6 +378,11 @@ def train_unet(options: argparse.Namespace, device: torch.device) -> None:
     stage.run(loss_of_step, decay=0.998)
     stage.use_average()
     save_pipeline(vae, unet, text_encoder, tokenizer)
+
+
+def spread(generator: np.random.Generator, first: int, end: int, count: int = 8) -> np.ndarray:
+    """``count`` timesteps, one out of each part of the range: uniform, with less variance from step to step."""
+    return (first + (np.arange(count) + generator.random(count)) / count * (end - first)).astype(np.int64)
 
 
 @torch.no_grad()

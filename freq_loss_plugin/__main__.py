@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import os
 import sys
 
 # What the engine is built on: the extra ``train`` in pyproject.toml.
@@ -23,6 +24,9 @@ def main(arguments: list[str] | None = None) -> int:
             f"freq_loss_plugin: {sys.executable} lacks {', '.join(missing)}. In a clone of the repository run "
             "./train_freq_aware.sh, which makes an environment of its own; or: pip install 'freq-loss-plugin[train]'\n",
         )
+    # They would greet every user with remarks on packages that nothing here needs.
+    for variable in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        os.environ.setdefault(variable, "error")
     cli = importlib.import_module("freq_loss_plugin.engine.cli")
     cli.add_arguments(train)
     options, rest = parser.parse_known_args(arguments)

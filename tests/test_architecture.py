@@ -15,7 +15,9 @@ import freq_loss_plugin
 ROOT = Path(__file__).parent.parent
 ALLOWED = {"freq_loss_plugin": {"freq_loss_plugin"}, "kohya_patch": {"kohya_patch", "freq_loss_plugin"}}
 OURS = {"freq_loss_plugin", "kohya_patch", "nodes", "tests"}
-HOSTS = {"library", "networks", "train_network", "comfy", "accelerate"}
+HOSTS = {"library", "networks", "train_network", "comfy"}
+# What the engine is built on, and only the engine.
+ENGINES = {"accelerate", "diffusers", "transformers", "peft", "matplotlib"}
 
 
 def imported(file: Path) -> set[str]:
@@ -37,6 +39,17 @@ def test_imports_point_inward(package):
         assert imported(file) & OURS <= ALLOWED[package], file
         if package == "freq_loss_plugin":
             assert not imported(file) & HOSTS, file
+            assert "engine" in file.parts or not imported(file) & ENGINES, file
+
+
+def test_nothing_imports_the_engine():
+    """It stands on the method; the method does not know it. `__main__` imports it by name, when it is asked for."""
+    for package in ALLOWED:
+        for file in (ROOT / package).rglob("*.py"):
+            inside = "engine" in file.relative_to(ROOT).parts
+            assert inside or not re.search(r"^\s*from \S*engine|^\s*from \.+ import engine", file.read_text(), re.M), (
+                file
+            )
 
 
 def test_public_names():

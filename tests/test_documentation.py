@@ -37,7 +37,7 @@ def test_every_choice_is_named_in_the_table():
             assert f"`{choice}`" in README
 
 
-@pytest.mark.parametrize("module", ["bands", "latents", "loss", "config"])
+@pytest.mark.parametrize("module", ["bands", "latents", "loss", "config", "spectra"])
 def test_examples_in_docstrings_run(module):
     import torch
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 from pathlib import Path
 
@@ -75,18 +76,28 @@ def stage_of(script, file, steps=8):
     return script.Stage(file, {"line": torch.nn.Linear(4, 4)}, steps, 0.1)
 
 
+class KilledError(Exception):
+    pass
+
+
 def run(stage, until):
+    """Train, and be killed when step ``until`` is to be made."""
     model = stage.modules["line"]
-    stage.steps, planned = until, stage.steps
-    stage.run(lambda step: {"loss": model(torch.randn(8, 4)).square().mean()}, decay=0.9)
-    stage.steps = planned
+
+    def loss_of_step(step):
+        if step == until:
+            raise KilledError
+        return {"loss": model(torch.randn(8, 4)).square().mean()}
+
+    with contextlib.suppress(KilledError):
+        stage.run(loss_of_step, decay=0.9)
 
 
 def test_an_interrupted_stage_ends_where_an_uninterrupted_one_does(script, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "SAVE_EVERY", 2)
     whole = stage_of(script, tmp_path / "whole.pt")
     run(whole, 8)
-    run(stage_of(script, tmp_path / "parts.pt"), 4)
+    run(stage_of(script, tmp_path / "parts.pt"), 5)
     rest = stage_of(script, tmp_path / "parts.pt")
     assert rest.step == 4
     run(rest, 8)
@@ -97,8 +108,9 @@ def test_an_interrupted_stage_ends_where_an_uninterrupted_one_does(script, tmp_p
 
 
 def test_a_failed_save_leaves_the_last_state_whole(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "SAVE_EVERY", 2)
     stage = stage_of(script, tmp_path / "state.pt")
-    run(stage, 2)
+    run(stage, 3)
     before = (tmp_path / "state.pt").read_bytes()
 
     def full_disk(state, file):

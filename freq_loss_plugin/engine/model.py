@@ -147,12 +147,10 @@ def load(settings: Settings, device: torch.device) -> Model:
 
 def _load_pipeline(name: str) -> StableDiffusionPipeline:
     path = Path(name)
-    transformers_logging.set_verbosity_error()
-    diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
     with suppress(AttributeError):  # transformers 5 has bars of its own
         transformers_logging.disable_progress_bar()
-    options = {"torch_dtype": torch.float32, "safety_checker": None, "requires_safety_checker": False}
+    options = {"safety_checker": None, "requires_safety_checker": False}
     if path.is_file():
         _check_single_file(path)
         load: Callable[..., Any] = StableDiffusionPipeline.from_single_file
@@ -160,7 +158,8 @@ def _load_pipeline(name: str) -> StableDiffusionPipeline:
         _check_folder(path)
         load = StableDiffusionPipeline.from_pretrained
     try:
-        return load(name, **options)
+        # In float32 whatever the file holds; how to ask for that while loading differs between versions.
+        return load(name, **options).to(dtype=torch.float32)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[0]
         hint = (

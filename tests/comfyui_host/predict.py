@@ -34,7 +34,7 @@ def main() -> None:
     config = json.loads((model / "unet" / "config.json").read_text())
 
     class NarrowSD15(comfy.supported_models.SD15):
-        unet_config = {
+        unet_config = {  # noqa: RUF012
             **comfy.supported_models.SD15.unet_config,
             "model_channels": config["block_out_channels"][0],
             "context_dim": config["cross_attention_dim"],
