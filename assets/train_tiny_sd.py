@@ -28,11 +28,22 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from freq_loss_plugin.embedded.attributes import measure
-from freq_loss_plugin.embedded.pictures import CAPTIONED, COLOURS, SIZE, STYLES, Picture, draw, random_scene
+from freq_loss_plugin.embedded.pictures import (
+    CAPTIONED_VALUES,
+    COLOURS,
+    SIZE,
+    STYLES,
+    Picture,
+    Scene,
+    draw,
+    random_scene,
+)
+from freq_loss_plugin.engine.lora_file import write_whole
 
 OUTPUT = Path(__file__).parent / "tiny_sd"
 # What SD1.5 multiplies its latents by. Trainers and samplers hard-code it, so the autoencoder is made to fit it.
@@ -237,16 +248,14 @@ class Stage:
                 print(f"step {self.step}/{self.steps}  {told}  {pace:.2f} s a step", flush=True)
 
     def save(self) -> None:
-        """Write the state beside its place, then move it there: a killed process leaves the last one whole."""
+        """Write the state, whole or not at all."""
         state = {
             "step": self.step,
             "modules": {name: module.state_dict() for name, module in self.modules.items()},
             "average": self.average,
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(state, self.file.with_suffix(".new"))
-        self.file.with_suffix(".new").replace(self.file)
+        write_whole(self.file, lambda part: torch.save(state, part))
 
     def use_average(self) -> None:
         """Put the average of the weights into the modules, for use and for export."""
@@ -364,10 +373,12 @@ def train_unet(options: argparse.Namespace, device: torch.device) -> None:
         clean = SCALING_FACTOR * (mean + deviation * torch.randn_like(mean))
         # Even at the last timestep of SD's schedule some of the picture is left, enough to read brightness and position
         # off it; a model that learns to do so ignores those words and takes both from the noise when it samples. Hence
-        # an offset, which hides the brightness, and more of the high timesteps, at which only the caption tells.
+        # noise of low frequency, which hides them, and more of the high timesteps, at which only the caption tells.
         noise = torch.randn_like(clean)
         noise = noise + 0.15 * torch.randn(*noise.shape[:2], 1, 1, device=device)
-        timesteps = torch.from_numpy(np.concatenate((spread(generator, 0, 1000), spread(generator, 650, 1000))))
+        blobs = torch.randn(*noise.shape[:2], 4, 4, device=device)
+        noise = noise + 0.4 * F.interpolate(blobs, noise.shape[2:], mode="bilinear")
+        timesteps = torch.from_numpy(np.concatenate((spread(generator, 0, 1000), spread(generator, 750, 1000))))
         timesteps = timesteps.to(device)
         # One caption in ten is empty, for classifier-free guidance.
         words = [captions[i] if generator.random() > 0.1 else "" for i in chosen]
@@ -433,30 +444,44 @@ def load_pipeline(device: torch.device) -> StableDiffusionPipeline:
 
 
 def evaluate(options: argparse.Namespace, device: torch.device) -> None:
-    """Attributes read off samples for held-out captions, beside the chance of guessing them."""
+    """Attributes read off samples for held-out captions, beside the chance of guessing them; and a sheet of samples."""
     pipeline = load_pipeline(device)
     print(f"held-out PSNR {reconstruction_psnr(pipeline.vae, device):.2f} dB")
     pipeline.set_progress_bar_config(disable=True)
     generator = np.random.default_rng((HELD_OUT, 5))
     scenes = [random_scene(generator) for _ in range(options.samples)]
-    right = dict.fromkeys(CAPTIONED, 0)
+    sampled: list[Picture] = []
     for batch in _batches(scenes, 16):
         noise = torch.Generator().manual_seed(int(generator.integers(2**31)))
-        sampled = pipeline(
-            [scene.caption() for scene in batch],
-            height=SIZE,
-            width=SIZE,
-            num_inference_steps=30,
-            guidance_scale=3.0,
-            generator=noise,
-            output_type="np",
-        ).images
-        for scene, picture in zip(batch, sampled, strict=True):
-            found = measure(picture)
-            for name in CAPTIONED:
-                right[name] += found[name] == getattr(scene, name)
-    for name, count in right.items():
-        print(f"{name:<12} {count / len(scenes):.1%} of {len(scenes)} samples")
+        sampled += list(
+            pipeline(
+                [scene.caption() for scene in batch],
+                height=SIZE,
+                width=SIZE,
+                num_inference_steps=30,
+                guidance_scale=3.0,
+                generator=noise,
+                output_type="np",
+            ).images
+        )
+    found = [measure(picture) for picture in sampled]
+    for name, values in CAPTIONED_VALUES.items():
+        right = sum(each[name] == getattr(scene, name) for each, scene in zip(found, scenes, strict=True))
+        print(f"{name:<12} {right / len(scenes):.1%} of {len(scenes)} samples (chance {1 / len(values):.0%})")
+    write_sheet(scenes[:16], sampled[:16])
+
+
+def write_sheet(scenes: list[Scene], sampled: list[Picture]) -> None:
+    """Drawn pictures above, and below each what the model samples for its caption, eight to a row."""
+    rows = []
+    for i in range(0, len(scenes), 8):
+        rows += [[draw(scene) for scene in scenes[i : i + 8]], sampled[i : i + 8]]
+    width = SIZE * max(len(row) for row in rows)
+    sheet = np.ones((SIZE * len(rows), width, 3))
+    for number, row in enumerate(rows):
+        strip = np.concatenate(row, axis=1)
+        sheet[number * SIZE : (number + 1) * SIZE, : strip.shape[1]] = strip
+    Image.fromarray((sheet * 255).round().astype(np.uint8)).save(OUTPUT / "samples.png", optimize=True)
 
 
 def main() -> None:

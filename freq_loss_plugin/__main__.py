@@ -38,6 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ConfigError, NonFiniteLossError) as error:
         print(f"\nfreq_loss: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\nfreq_loss: interrupted; what was saved before is intact", file=sys.stderr)
+        return 130
     except OSError as error:
         print(f"\nfreq_loss: {error}. The last saved file is intact; go on with --resume", file=sys.stderr)
         return 1

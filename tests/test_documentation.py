@@ -13,6 +13,7 @@ import pytest
 import toml
 
 from freq_loss_plugin import FreqLossConfig
+from freq_loss_plugin.engine.settings import Settings
 from kohya_patch.trainers import FAMILIES
 
 ROOT = Path(__file__).parent.parent
@@ -35,6 +36,12 @@ def test_every_choice_is_named_in_the_table():
     for option in dataclasses.fields(FreqLossConfig):
         for choice in option.metadata["choices"] or ():
             assert f"`{choice}`" in README
+
+
+def test_the_keys_of_the_engine_are_all_named():
+    (listed,) = re.findall(r"knows the keys\n\n((?:> .*\n)+)", README)
+    named = re.findall(r"`(\w+)`", listed)
+    assert sorted(named) == sorted(each.name for each in dataclasses.fields(Settings))
 
 
 @pytest.mark.parametrize("module", ["bands", "latents", "loss", "config", "spectra"])

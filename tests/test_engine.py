@@ -115,6 +115,9 @@ def assert_same(ours, theirs):
         ({"train_data_dir": "nowhere"}, ["train_data_dir = 'nowhere'", "a folder"]),
         ({"pretrained_model_name_or_path": ""}, ["pretrained_model_name_or_path is missing"]),
         ({"network_args": ["conv_dim=4"]}, ["'conv_dim=4'", "sd-scripts"]),
+        ({"freq_loss_network_module": "lycoris.kohya"}, ["'lycoris.kohya'", "sd-scripts"]),
+        ({"network_module": "networks.lora", "dist_match": 0.1}, ["without the frequency loss", "kohya_patch"]),
+        ({"network_module": "networks.lora_flux"}, ["'networks.lora_flux'", "'kohya_patch', 'networks.lora'"]),
         ({"network_args": ["dist_match=much"]}, ["dist_match = 'much'", "a number"]),
         ({"freq_loss_metod": "fft"}, ["freq_loss_metod", "Did you mean freq_loss_method?"]),
     ],
@@ -160,6 +163,11 @@ def test_options_on_the_command_line_win(pictures):
     assert (loss.dist_match, loss.method) == (0.01, "fft")
     with pytest.raises(ConfigError, match=r"max_train_step: not supported.*Did you mean max_train_steps"):
         parse_overrides(["--max_train_step", "7"])
+
+
+def test_networks_lora_is_plain_training(pictures):
+    values = {"pretrained_model_name_or_path": "x", "train_data_dir": str(pictures), "network_module": "networks.lora"}
+    assert not settings.read({"training": values})[1].enabled
 
 
 def test_network_args_win_over_the_section(pictures):

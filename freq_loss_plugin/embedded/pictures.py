@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
@@ -74,7 +74,15 @@ class Scene:
         return words if style == "base" else f"{words}, {style} style"
 
 
-CAPTIONED = tuple(field.name for field in fields(Scene))[:5]
+# The attributes that a caption names, each with all that it can be.
+CAPTIONED_VALUES: dict[str, tuple[str, ...]] = {
+    "shape": SHAPES,
+    "colour": tuple(COLOURS),
+    "position": tuple(POSITIONS),
+    "background": tuple(BACKGROUNDS),
+    "texture": TEXTURES,
+}
+CAPTIONED = tuple(CAPTIONED_VALUES)
 
 
 def random_scene(generator: np.random.Generator) -> Scene:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +173,8 @@ def read(values: Mapping[str, Any]) -> tuple[Settings, FreqLossConfig]:
         flat["resolution"] = str(flat["resolution"])
     if flat.get("min_snr_gamma") == 0:
         del flat["min_snr_gamma"]  # as sd-scripts: 0 is off
-    return Settings(**{known[key]: value for key, value in flat.items() if key in known}), loss
+    settings = Settings(**{known[key]: value for key, value in flat.items() if key in known})
+    return settings, _check_network_module(settings, loss, {*flat, *given})
 
 
 def read_file(path: Path, overrides: Mapping[str, Any]) -> tuple[Settings, FreqLossConfig]:
@@ -233,6 +234,21 @@ def as_toml(settings: Settings, loss: FreqLossConfig) -> str:
     }
     options.pop("min_snr_gamma", None)  # stands among the training's own
     return toml.dumps({"training": training, "freq_loss": options})
+
+
+def _check_network_module(settings: Settings, loss: FreqLossConfig, given: set[str]) -> FreqLossConfig:
+    """``networks.lora`` is plain training in sd-scripts, so it is here; returns the options that then hold."""
+    if loss.network_module not in (None, "networks.lora"):
+        raise ConfigError(f"freq_loss_network_module = {loss.network_module!r}: not supported. {USE_SD_SCRIPTS}")
+    if settings.network_module != "networks.lora":
+        return loss
+    options = sorted(given & FreqLossConfig.fields_by_key().keys() - {"min_snr_gamma"})
+    if options and loss.enabled:
+        raise ConfigError(
+            f'network_module = "networks.lora" trains without the frequency loss, and {options[0]} is given; set '
+            'network_module = "kohya_patch", or remove the options of the loss'
+        )
+    return replace(loss, dist_match=0.0)
 
 
 def _network_args(items: Any) -> dict[str, str]:

@@ -133,7 +133,9 @@ class Trainer:
         self._batches = Batches(data.examples, settings.train_batch_size, settings.seed)
         self._parameters = [parameter for prefix in model.adapted for parameter in model.trainable(prefix)]
         self._optimizer, self._schedule = accelerator.prepare(*self._make_optimizer())
-        self._alphas_cumprod = model.scheduler.alphas_cumprod.float()
+        # Twice, so that looking up ᾱ moves nothing between them in a step.
+        self._alphas_on_host = model.scheduler.alphas_cumprod.float()
+        self._alphas_on_device = self._alphas_on_host.to(accelerator.device)
         self._monitor = TermMonitor()
         self._share = report.ShareReport(settings.max_train_steps)
         self._history: list[TermNumbers] = []
@@ -208,7 +210,7 @@ class Trainer:
         drawn = torch.randint(*window, (len(chosen),), generator=generator).to(latents.device)
         prediction, target = self._pass(latents, drawn, captions, generator)
         base = self._base_loss(prediction, target, drawn)
-        term = self._zero_term(base)
+        term = FrequencyLoss(*torch.zeros(3, device=base.device))
         timesteps: Tensor | float = drawn
         if self._loss.enabled and self._loss.timesteps == "own":
             term = self._term(prediction, target, drawn)
@@ -234,7 +236,7 @@ class Trainer:
             per_sample = per_sample * min_snr_weights(
                 self._settings.prediction_type,
                 timesteps,
-                self._alphas_cumprod.to(timesteps.device),
+                self._alphas_on_device,
                 self._settings.min_snr_gamma,
             )
         return per_sample.mean()
@@ -245,14 +247,9 @@ class Trainer:
             target,
             prediction_type=self._settings.prediction_type,
             timesteps=timesteps,
-            alphas_cumprod=self._alphas_cumprod,
+            alphas_cumprod=self._alphas_on_device if isinstance(timesteps, Tensor) else self._alphas_on_host,
             config=self._loss,
         )
-
-    @staticmethod
-    def _zero_term(like: Tensor) -> FrequencyLoss:
-        zero = torch.zeros_like(like)
-        return FrequencyLoss(zero, zero, zero)
 
     def _accumulate(self, loss: Tensor) -> None:
         self._accelerator.backward(loss / self._settings.gradient_accumulation_steps)
