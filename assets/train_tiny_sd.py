@@ -378,13 +378,17 @@ def train_unet(options: argparse.Namespace, device: torch.device) -> None:
         noise = noise + 0.15 * torch.randn(*noise.shape[:2], 1, 1, device=device)
         blobs = torch.randn(*noise.shape[:2], 4, 4, device=device)
         noise = noise + 0.4 * F.interpolate(blobs, noise.shape[2:], mode="bilinear")
-        timesteps = torch.from_numpy(np.concatenate((spread(generator, 0, 1000), spread(generator, 750, 1000))))
+        timesteps = torch.from_numpy(np.concatenate((spread(generator, 0, 1000), spread(generator, 850, 1000))))
         timesteps = timesteps.to(device)
         # One caption in ten is empty, for classifier-free guidance.
         words = [captions[i] if generator.random() > 0.1 else "" for i in chosen]
         states = text_encoder(tokens(tokenizer, words, device))[0]
         predicted = unet(scheduler.add_noise(clean, noise, timesteps), timesteps, states).sample
-        return {"mse": F.mse_loss(predicted, noise)}
+        error = (predicted - noise).square().mean(dim=(1, 2, 3))
+        # 0.3/SNR where that is above 1: there an error of the noise is a small image of a large error of the picture.
+        signal = scheduler.alphas_cumprod.to(device)[timesteps]
+        weight = (0.3 * (1 - signal) / signal).clamp(min=1)
+        return {"mse": (weight * error).mean()}
 
     stage.run(loss_of_step, decay=0.998)
     stage.use_average()

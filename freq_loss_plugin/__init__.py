@@ -1,7 +1,8 @@
 """A frequency-aware distribution-matching loss for training diffusion LoRAs.
 
 Plain torch: this package knows neither sd-scripts nor ComfyUI. Read it in this order: `bands`, `latents`, `loss`,
-`config`.
+`config` (on `options`); then what a trainer needs around them, `step` and `report`. `spectra` measures; `embedded` is a
+small model and pictures to try it on; `engine` is a small trainer, and the only part that needs more than torch.
 """
 
 from .bands import Bands, frequency_decomposition

@@ -11,12 +11,15 @@ import sys
 from pathlib import Path
 
 import hosts
+import numpy as np
 import pytest
 import toml
 import torch
 
 from freq_loss_plugin import FreqLossConfig
 from freq_loss_plugin.embedded import model_folder
+from freq_loss_plugin.embedded.attributes import measure
+from freq_loss_plugin.embedded.pictures import draw, random_scene
 from freq_loss_plugin.engine import demo, settings, training
 
 pytestmark = pytest.mark.filterwarnings("default")
@@ -35,6 +38,53 @@ def test_it_is_small_and_has_the_topology_of_sd15():
     assert (unet["layers_per_block"], unet["attention_head_dim"], len(unet["block_out_channels"])) == (2, 8, 4)
     assert (vae["layers_per_block"], len(vae["block_out_channels"]), vae["latent_channels"]) == (2, 4, 4)
     assert vae["scaling_factor"] == 0.18215
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    loaded = StableDiffusionPipeline.from_pretrained(model_folder(), safety_checker=None).to(dtype=torch.float32)
+    assert isinstance(loaded.scheduler, DDIMScheduler)
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+def held_out_scenes(count):
+    generator = np.random.default_rng(
+        (99, 7)
+    )  # a stream of its own: no stage of its training and no demo draws from it
+    return [random_scene(generator) for _ in range(count)]
+
+
+@torch.no_grad()
+def test_its_autoencoder_restores_pictures_that_it_has_not_seen(pipeline):
+    pictures = torch.from_numpy(np.stack([draw(scene) for scene in held_out_scenes(8)])).permute(0, 3, 1, 2)
+    latents = pipeline.vae.encode(pictures * 2 - 1).latent_dist.mode()
+    restored = (pipeline.vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
+    psnr = -10 * (restored - pictures).square().mean(dim=(1, 2, 3)).log10()
+    assert psnr.mean() > 27
+    assert (latents * pipeline.vae.config.scaling_factor).std() == pytest.approx(1, abs=0.15)
+
+
+def test_it_draws_what_captions_say(pipeline):
+    """A sample small enough for every run; the model card has the figures of a larger one."""
+    scenes = held_out_scenes(16)
+    captions = [scene.caption() for scene in scenes]
+    sampled = pipeline(
+        captions,
+        height=128,
+        width=128,
+        num_inference_steps=20,
+        guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(0),
+        output_type="np",
+    ).images
+    found = [measure(picture) for picture in sampled]
+    at_least = {"shape": 0.8, "colour": 0.9, "position": 0.4, "background": 0.8, "texture": 0.7}
+    for name, share in at_least.items():
+        right = np.mean([each[name] == getattr(scene, name) for each, scene in zip(found, scenes, strict=True)])
+        assert right >= share, name
 
 
 @pytest.fixture(scope="module")
