@@ -437,6 +437,10 @@ def save_pipeline(
         requires_safety_checker=False,
     )
     pipeline.to(dtype=torch.float16).save_pretrained(OUTPUT, safe_serialization=True)
+    for file in OUTPUT.rglob("*.json"):  # where a part was loaded from is nobody's business
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if content.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     megabytes = sum(file.stat().st_size for file in OUTPUT.rglob("*") if file.is_file()) / 1e6
     print(f"wrote {OUTPUT}: {megabytes:.1f} MB")
 
