@@ -110,9 +110,10 @@ def train(
     for example in data.examples:
         loss.check_size(example.size[1] // 8, example.size[0] // 8)
     state = _read_state(settings, loss) if resume else None
+    logs = _writer(settings)
     model = load(settings, accelerator.device)
     _announce(settings, loss, data, accelerator)
-    return Trainer(settings, loss, data, model, accelerator, held_out or [], title).run(state)
+    return Trainer(settings, loss, data, model, accelerator, held_out or [], title).run(state, logs)
 
 
 class Trainer:
@@ -145,13 +146,12 @@ class Trainer:
         self._step = 0
         self._saved: tuple[int, Path] | None = None
 
-    def run(self, state: dict[str, Any] | None) -> Outcome:
+    def run(self, state: dict[str, Any] | None, logs: Any = None) -> Outcome:
         """Train to the end, or until Ctrl-C; what was trained is saved in both cases."""
         if state:
             self._restore(state)
         self._latents = self._encode(self._data.examples, "encoding pictures")
         self._held_out_latents = self._encode(self._held_out, "encoding held-out pictures")
-        logs = _writer(self._settings)
         began, first = time.perf_counter(), self._step
         every = max(1, self._settings.max_train_steps // _EVALUATIONS)
         with _stop_on_signal() as stop, self._bar() as bar:
