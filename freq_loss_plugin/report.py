@@ -101,7 +101,7 @@ def _cost(config: FreqLossConfig, graphs: int) -> str:
     if config.timesteps == "unified":
         time = "one extra forward and backward pass per batch, so about twice the time per step"
         if graphs == 1:
-            return f"{time}, and no more memory; freq_loss_timesteps = 'own' needs no extra pass"
+            return f"{time}; one graph is alive at a time; freq_loss_timesteps = 'own' needs no extra pass"
         return f"{time} and up to twice the activation memory; freq_loss_timesteps = 'own' needs neither"
     return "no extra pass; a few plain MSEs per batch"
 

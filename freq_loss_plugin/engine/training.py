@@ -152,7 +152,7 @@ class Trainer:
             self._restore(state)
         self._latents = self._encode(self._data.examples, "encoding pictures")
         self._held_out_latents = self._encode(self._held_out, "encoding held-out pictures")
-        began, first = time.perf_counter(), self._step
+        began = time.perf_counter()
         every = max(1, self._settings.max_train_steps // _EVALUATIONS)
         with _stop_on_signal() as stop, self._bar() as bar:
             self._evaluate()
@@ -175,7 +175,6 @@ class Trainer:
                 f"\nstopped after step {self._step} of {self._settings.max_train_steps}, and saved: {lora}\n"
                 "go on with the same command and --resume"
             )
-        assert self._step >= first
         return Outcome(lora, self._step, seconds, finished, self._history, self._evaluations, self._model)
 
     # One step
