@@ -16,7 +16,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status. An error in what the user wrote is printed alone, without traceback."""
     parser = argparse.ArgumentParser(prog="python -m freq_loss_plugin")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    train = commands.add_parser("train", help="train a LoRA with the frequency loss, without sd-scripts")
+    train = commands.add_parser(
+        "train", allow_abbrev=False, help="train a LoRA with the frequency loss, without sd-scripts"
+    )
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         parser.exit(

@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 from .. import report
 from ..config import FreqLossConfig
+from ..latents import NUM_TRAIN_TIMESTEPS
 from ..loss import FrequencyLoss, frequency_matching_loss, min_snr_weights
 from ..options import ConfigError
 from ..step import NonFiniteLossError, TermMonitor, TermNumbers, stream_name, unified_timestep
@@ -205,7 +206,7 @@ class Trainer:
         latents = torch.stack([self._latents[index] for index in chosen]).to(self._accelerator.device)
         captions = [self._data.examples[index].caption for index in chosen]
         generator = _generator(f"base:{self._settings.seed}:{number}")
-        window = self._settings.min_timestep or 0, self._settings.max_timestep or 1000
+        window = self._settings.min_timestep or 0, self._settings.max_timestep or NUM_TRAIN_TIMESTEPS
         drawn = torch.randint(*window, (len(chosen),), generator=generator).to(latents.device)
         prediction, target = self._pass(latents, drawn, captions, generator)
         base = self._base_loss(prediction, target, drawn)
