@@ -167,7 +167,7 @@ def random_picture(generator: np.random.Generator) -> Picture:
 
 
 def to_tensor(pictures: list[Picture]) -> Tensor:
-    """(B, 3, H, W) in −1..1."""
+    """(B, 3, H, W) in -1..1."""
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) * 2 - 1
 
 
@@ -286,7 +286,7 @@ OPPONENT = OPPONENT / OPPONENT.norm(dim=1, keepdim=True) * torch.tensor([[1.0], 
 def train_vae(options: argparse.Namespace, device: torch.device) -> None:
     torch.manual_seed(0)
     vae = make_vae().to(device)
-    with torch.no_grad():  # begin with little noise: standard deviations of exp(−3)
+    with torch.no_grad():  # begin with little noise: standard deviations of exp(-3)
         vae.quant_conv.weight[4:] *= 0.1
         vae.quant_conv.bias[4:] = -6
     stage = Stage(options.work / "vae.pt", {"vae": vae}, options.steps, 5e-3)

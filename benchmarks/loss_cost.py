@@ -30,7 +30,7 @@ TIMESTEP = 400
 
 
 def schedule() -> Tensor:
-    """ᾱ of SD1.5."""
+    """alpha_bar of SD1.5."""
     return torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, dim=0)
 
 

@@ -7,16 +7,16 @@ Both splits are linear and act on the last two dimensions only, so they commute 
 ``pytorch_wavelets.DWTForward`` / ``DWTInverse`` define it. The low band is the inverse of the approximation alone, the
 high band the inverse of all details alone, cropped to H×W where the inverse is one row or column larger. (Their sum is
 the input for every wavelet of PyWavelets but ``dmey``, a truncated filter that misses it by about 1%; the high band is
-taken as input − low, so that the bands always add up.) Rows and columns are transformed separately, so the low band of
+taken as input - low, so that the bands always add up.) Rows and columns are transformed separately, so the low band of
 a picture X is
 
-    low(X) = A_H · X · A_Wᵀ
+    low(X) = A_H · X · A_W^T
 
 where column j of the n×n matrix A_n is the 1-D low band of the j-th unit vector. `wavelet_low_pass` makes A_n once per
 size; afterwards the cost depends neither on the wavelet nor on J.
 
-**fft** — an ideal low pass: on the shifted spectrum, the disc of radius ⌊cutoff·min(H, W)⌋ around the zero frequency at
-(H//2, W//2), border included; the high band is the rest.
+**fft** — an ideal low pass: on the shifted spectrum, the disc of radius floor(cutoff·min(H, W)) around the zero
+frequency at (H//2, W//2), border included; the high band is the rest.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from functools import lru_cache
 from typing import Literal, NamedTuple, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, autocast
 
 from . import wavelet_library
 
@@ -78,14 +78,14 @@ def frequency_decomposition(
     method = resolve_method(method)
     if method == "wavelet" and J < 1:
         raise ValueError(f"J = {J}: the number of wavelet levels must be at least 1")
-    with torch.autocast(tensor.device.type, enabled=False):
+    with autocast(tensor.device.type, enabled=False):
         exact = tensor.to(computation_dtype(tensor))
         low = wavelet_low_band(exact, wavelet, J) if method == "wavelet" else fft_low_band(exact, cutoff)
         return Bands(low.to(tensor.dtype), (exact - low).to(tensor.dtype))
 
 
 def wavelet_low_band(tensor: Tensor, wavelet: str, levels: int) -> Tensor:
-    """``A_H · X · A_Wᵀ`` over the last two dimensions; differentiable, same shape and dtype."""
+    """``A_H · X · A_W^T`` over the last two dimensions; differentiable, same shape and dtype."""
     height, width = tensor.shape[-2:]
     rows = wavelet_low_pass(height, wavelet, levels, tensor.device, tensor.dtype)
     columns = wavelet_low_pass(width, wavelet, levels, tensor.device, tensor.dtype)
@@ -179,7 +179,7 @@ def check_wavelet(wavelet: str) -> None:
 
 
 def disc_radius(height: int, width: int, cutoff: float) -> int:
-    """⌊cutoff·min(H, W)⌋ in frequency bins. The tiny term keeps 0.29·100, which floats hold as 28.999…, at 29."""
+    """floor(cutoff·min(H, W)) in frequency bins. The tiny term keeps 0.29·100, which floats hold as 28.999…, at 29."""
     return math.floor(cutoff * min(height, width) + 1e-9)
 
 

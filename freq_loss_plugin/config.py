@@ -79,7 +79,7 @@ class FreqLossConfig:
     )
     network_module: str | None = _option(None, "the network module to train; the trainer's own LoRA where left out")
     min_snr_gamma: float = _option(
-        5.0, "γ of sample_weights min_snr; this is the trainer's own option", key="min_snr_gamma"
+        5.0, "gamma of sample_weights min_snr; this is the trainer's own option", key="min_snr_gamma"
     )
 
     def __post_init__(self) -> None:
@@ -99,7 +99,7 @@ class FreqLossConfig:
 
     @classmethod
     def fields_by_key(cls) -> dict[str, str]:
-        """TOML key → field name, in the order of the table in the README."""
+        """TOML key -> field name, in the order of the table in the README."""
         return {key_of(each): each.name for each in fields(cls)}
 
     @classmethod
@@ -198,7 +198,7 @@ class FreqLossConfig:
 
         Args:
             prediction_type: see `freq_loss_plugin.latents`.
-            zero_terminal_snr: whether ᾱ is 0 at the last timestep (Lin et al. 2023, arXiv 2305.08891).
+            zero_terminal_snr: whether alpha_bar is 0 at the last timestep (Lin et al. 2023, arXiv 2305.08891).
         """
         if self.sample_weights == "min_snr" and prediction_type not in ("epsilon", "v_prediction"):
             raise ConfigError(
@@ -216,9 +216,9 @@ class FreqLossConfig:
     def _check_ranges(self) -> None:
         for name in ("dist_match", "low_weight", "high_weight"):
             if not (0 <= getattr(self, name) < math.inf):
-                raise wrong_value(self, name, "a finite number ≥ 0")
+                raise wrong_value(self, name, "a finite number >= 0")
         if self.levels < 1:
-            raise wrong_value(self, "levels", "a whole number ≥ 1")
+            raise wrong_value(self, "levels", "a whole number >= 1")
         if not 0 < self.cutoff <= 0.5:
             raise wrong_value(self, "cutoff", "a number above 0 and at most 0.5, the highest frequency of a latent")
         if not 0 < self.min_snr_gamma < math.inf:

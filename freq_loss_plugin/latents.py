@@ -1,21 +1,21 @@
 """How a prediction becomes a clean latent, and how much of its error that carries along.
 
 A diffusion model sees x_t, a mixture of the clean latent x0 and noise n, and predicts one of several things. Each can
-be turned back into an estimate x̂0 of the clean latent, with ᾱ_t = ``alphas_cumprod[t]``, σ_t = sqrt(1 − ᾱ_t), and the
-mixing fraction s of flow matching:
+be turned back into an estimate x0_hat of the clean latent, with A = sqrt(alpha_bar_t), alpha_bar = ``alphas_cumprod``,
+S = sqrt(1 - alpha_bar_t), and the mixing fraction s of flow matching:
 
-    prediction type    x_t                          prediction       x̂0                            k
-    epsilon            sqrt(ᾱ_t)·x0 + σ_t·n         ε̂ ≈ n            (x_t − σ_t·ε̂) / sqrt(ᾱ_t)     −σ_t / sqrt(ᾱ_t)
-    v_prediction       sqrt(ᾱ_t)·x0 + σ_t·n         v̂ ≈ ᾱ½·n − σ·x0  sqrt(ᾱ_t)·x_t − σ_t·v̂         −σ_t
-    flow               (1 − s)·x0 + s·n             v̂ ≈ n − x0       x_t − s·v̂                     −s
-    sample             any                          x̂0               x̂0                            1
+    prediction type    x_t                   prediction             x0_hat                   k
+    epsilon            A·x0 + S·n            eps_hat, near n        (x_t - S·eps_hat) / A    -S / A
+    v_prediction       A·x0 + S·n            v_hat, near A·n - S·x0 A·x_t - S·v_hat          -S
+    flow               (1 - s)·x0 + s·n      v_hat, near n - x0     x_t - s·v_hat            -s
+    sample             any                   x0_hat                 x0_hat                   1
 
-Every row is linear in the prediction, so the error of the clean latent is ``x̂0 − x0 = k·(prediction − target)``: x_t
-cancels. `recover_latent` is the third column, `residual_scale` the last one.
+Every row is linear in the prediction, so the error of the clean latent is ``x0_hat - x0 = k·(prediction - target)``:
+x_t cancels. `recover_latent` is the third column, `residual_scale` the last one.
 
 Sources: epsilon, Ho et al. 2020 (arXiv 2006.11239) eq. 9 and 15; v, Salimans & Ho 2022 (arXiv 2202.00512) §4; flow,
-Lipman et al. 2022 (arXiv 2210.02747) with the straight path. v is solved directly instead of by way of ε, which is the
-same numbers but stays finite where ᾱ_t = 0 (zero terminal SNR).
+Lipman et al. 2022 (arXiv 2210.02747) with the straight path. v is solved directly instead of by way of eps, which is
+the same numbers but stays finite where alpha_bar_t = 0 (zero terminal SNR).
 """
 
 from __future__ import annotations
@@ -49,12 +49,13 @@ def recover_latent(
         prediction: shape (B, C, H, W) or (B, C, T, H, W).
         noisy_latents: x_t, same shape.
         timesteps: shape (B,), or one number for the whole batch, on the 0..1000 scale.
-        alphas_cumprod: ᾱ of the scheduler, shape (1000,); needed for epsilon and v_prediction, otherwise None.
+        alphas_cumprod: alpha_bar of the scheduler, shape (1000,); needed for epsilon and v_prediction, otherwise None.
         prediction_type: ``"epsilon"``, ``"v_prediction"``, ``"flow"`` or ``"sample"``.
         sigmas: the exact s of flow matching, shape (B,) or broadcastable from it; ``timesteps / 1000`` where left out.
 
     Returns:
-        x̂0, of the shape of ``prediction``. Infinite for epsilon where ᾱ_t = 0: such a prediction says nothing about x0.
+        x0_hat, of the shape of ``prediction``. Infinite for epsilon where alpha_bar_t = 0: such a prediction says
+        nothing about x0.
 
     Raises:
         ValueError: an unknown prediction type, or ``alphas_cumprod`` missing where it is needed.
@@ -76,7 +77,7 @@ def residual_scale(
     alphas_cumprod: Tensor | None = None,
     sigmas: Tensor | None = None,
 ) -> Tensor | float:
-    """k in ``x̂0 − x0 = k·(prediction − target)``: shape (B,), or a number where one number describes the batch.
+    """k in ``x0_hat - x0 = k·(prediction - target)``: shape (B,), or a number where one number describes the batch.
 
     Arguments and errors as in `recover_latent`.
     """
@@ -103,7 +104,7 @@ def flow_sigma(timesteps: Tensor | float | None, sigmas: Tensor | float | None =
 def select_alpha_bar(
     timesteps: Tensor | float | None, alphas_cumprod: Tensor | None, prediction_type: str
 ) -> Tensor | float:
-    """ᾱ_t, shape (B,). A number for one timestep of a schedule that lies on the CPU: the GPU is then not touched."""
+    """alpha_bar_t, shape (B,). A number for one timestep of a schedule on the CPU: the GPU is then not touched."""
     if prediction_type not in PREDICTION_TYPES:
         allowed = ", ".join(map(repr, PREDICTION_TYPES))
         raise ValueError(f"prediction_type = {prediction_type!r}: expected one of {allowed}")
@@ -120,7 +121,7 @@ def select_alpha_bar(
 
 
 def signal_to_noise(alpha_bar: Tensor | float) -> Tensor | float:
-    """SNR = ᾱ / (1 − ᾱ)."""
+    """SNR = alpha_bar / (1 - alpha_bar)."""
     return alpha_bar / (1 - alpha_bar)
 
 
@@ -129,7 +130,7 @@ def _square_root(value: Tensor | float) -> Tensor | float:
 
 
 def _per_sample(value: Tensor | float, like: Tensor) -> Tensor | float:
-    """Shape (B,) → (B, 1, 1, 1) so that it multiplies ``like`` sample by sample; numbers pass."""
+    """Shape (B,) -> (B, 1, 1, 1) so that it multiplies ``like`` sample by sample; numbers pass."""
     if not isinstance(value, Tensor) or value.ndim == 0:
         return value
     return value.reshape(-1, *([1] * (like.ndim - 1))).to(device=like.device)

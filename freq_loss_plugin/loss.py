@@ -1,17 +1,17 @@
 r"""The frequency distribution-matching loss, once to be read and once to be run.
 
-For a band b in {low, high}, sample weights w_i, clean latents x0_i and their estimates x̂0_i (see
+For a band b in {low, high}, sample weights w_i, clean latents x0_i and their estimates x0_hat_i (see
 `freq_loss_plugin.latents`):
 
-    L_b   = mean over (C, H, W) of ( Σ_i w_i·band_b(m_i·x̂0_i) − Σ_i w_i·band_b(m_i·x0_i) )²
+    L_b   = mean over (C, H, W) of ( sum_i w_i·band_b(m_i·x0_hat_i) - sum_i w_i·band_b(m_i·x0_i) )²
     total = dist_match · ( low_weight·L_low + high_weight·L_high )
 
-with an optional mask m_i in 0..1, and Σ_i divided by the batch size where ``reduction`` is ``"mean"``.
+with an optional mask m_i in 0..1, and sum_i divided by the batch size where ``reduction`` is ``"mean"``.
 
 `reference_loss` does just that. `frequency_matching_loss` uses that everything inside the square is linear: with the k
 of `residual_scale`,
 
-    D   = Σ_i w_i·k_i·m_i·(prediction_i − target_i)        one tensor of shape (C, H, W)
+    D   = sum_i w_i·k_i·m_i·(prediction_i - target_i)        one tensor of shape (C, H, W)
     L_b = mean of band_b(D)²
 
 so that one tensor is split instead of 2B, and the noisy latents are not needed. For the wavelet bands the low band is
@@ -27,7 +27,7 @@ from __future__ import annotations
 from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, autocast
 
 from .bands import (
     Bands,
@@ -82,7 +82,7 @@ def frequency_matching_loss(
         prediction_type: ``"epsilon"``, ``"v_prediction"``, ``"flow"`` (the sign of v does not matter: the loss is a
             square), or ``"sample"`` where both are clean latents already.
         timesteps: shape (B,) or one number, on the 0..1000 scale. Not needed for ``"sample"`` outside ``own``.
-        alphas_cumprod: ᾱ, shape (1000,), for epsilon and v_prediction. Keep it on the device of ``timesteps``.
+        alphas_cumprod: alpha_bar, shape (1000,), for epsilon and v_prediction. Keep it on the device of ``timesteps``.
         sigmas: the exact s of flow matching, shape (B,); ``timesteps / 1000`` where left out.
         sample_weights: w_i, shape (B,), for instance the trainer's weights of regularisation images; 1 where left out.
             They multiply the weights that ``config`` asks for (`batch_weights`).
@@ -105,7 +105,7 @@ def frequency_matching_loss(
         >>> loss.total.backward()
     """
     _check_batch(prediction, target, config, timesteps=timesteps, sigmas=sigmas, sample_weights=sample_weights)
-    with torch.autocast(prediction.device.type, enabled=False):
+    with autocast(prediction.device.type, enabled=False):
         dtype = computation_dtype(prediction, target)
         residual = prediction.to(dtype) - target.to(dtype)
         if mask is not None:
@@ -163,7 +163,7 @@ def batch_weights(
     r"""w_i: the given sample weights times what ``config`` asks for; shape (B,), or a number that holds for all.
 
     - ``sample_weights = "min_snr"``: `min_snr_weights`.
-    - ``timesteps = "own"``: 1 where min_timestep ≤ t < max_timestep, otherwise 0.
+    - ``timesteps = "own"``: 1 where min_timestep <= t < max_timestep, otherwise 0.
 
     Raises:
         ValueError: min_snr for flow or sample, where it is not defined; a window without timesteps.
@@ -181,15 +181,17 @@ def batch_weights(
 def min_snr_weights(
     prediction_type: PredictionType, timesteps: Tensor | float | None, alphas_cumprod: Tensor | None, gamma: float
 ) -> Tensor | float:
-    """Min-SNR weights: min(SNR, γ)/SNR for epsilon, min(SNR, γ)/(SNR + 1) for v_prediction, with SNR = ᾱ/(1 − ᾱ).
+    """Min-SNR weights: min(SNR, gamma)/SNR for epsilon, min(SNR, gamma)/(SNR + 1) for v_prediction.
+
+    SNR = alpha_bar / (1 - alpha_bar).
 
     Source: Hang et al. 2023 (arXiv 2303.09556), in the form that sd-scripts uses.
 
     Args:
         prediction_type: ``"epsilon"`` or ``"v_prediction"``.
         timesteps: shape (B,), or one number.
-        alphas_cumprod: ᾱ of the scheduler, shape (1000,).
-        gamma: γ.
+        alphas_cumprod: alpha_bar of the scheduler, shape (1000,).
+        gamma: the cap of the SNR, 5 in the paper.
 
     Returns:
         Shape (B,), or a number for one timestep.
@@ -204,7 +206,7 @@ def min_snr_weights(
         )
     alpha_bar = torch.as_tensor(select_alpha_bar(timesteps, alphas_cumprod, prediction_type), dtype=torch.float32)
     snr = cast(Tensor, signal_to_noise(alpha_bar))
-    # For epsilon this is min(SNR, γ)/SNR, written so that it has its limit 1 where SNR is 0.
+    # For epsilon this is min(SNR, gamma)/SNR, written so that it has its limit 1 where SNR is 0.
     weights = (gamma / snr).clamp(max=1.0) if prediction_type == "epsilon" else snr.clamp(max=gamma) / (snr + 1)
     return float(weights) if weights.ndim == 0 and weights.device.type == "cpu" else weights
 
@@ -244,14 +246,14 @@ def _coefficients(
 
 
 def _batch_sum(residual: Tensor, coefficients: Tensor | float) -> Tensor:
-    """D = Σ_i coefficients_i·residual_i, shape (C, H, W) or (C, T, H, W)."""
+    """D = sum_i coefficients_i·residual_i, shape (C, H, W) or (C, T, H, W)."""
     if not isinstance(coefficients, Tensor) or coefficients.numel() == 1:
         return residual.sum(dim=0) * coefficients
     return torch.tensordot(coefficients, residual, dims=1)
 
 
 def _weighted_sum(band: Tensor, weights: Tensor | float, config: FreqLossConfig) -> Tensor:
-    """Σ_i w_i·band_i, over the batch size where the reduction is the mean."""
+    """sum_i w_i·band_i, over the batch size where the reduction is the mean."""
     if isinstance(weights, Tensor):
         weights = weights.reshape(-1, *([1] * (band.ndim - 1))).to(device=band.device, dtype=band.dtype)
     weighted: Tensor = band * weights

@@ -85,7 +85,7 @@ class ShareReport:
 
 def _remark(key: str, config: FreqLossConfig) -> str:
     if key == "freq_loss_method" and config.resolved_method != config.method:
-        return f" → {config.resolved_method}: the wavelet library cannot be imported ({INSTALL_HINT})"
+        return f" -> {config.resolved_method}: the wavelet library cannot be imported ({INSTALL_HINT})"
     return ""
 
 

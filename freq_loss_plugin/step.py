@@ -29,7 +29,7 @@ def stream_name(seed: int | None, number: int) -> str:
 
 
 def unified_timestep(config: FreqLossConfig, seed: int | None, number: int) -> int:
-    """The one timestep of the extra pass ``number``: uniform over min_timestep ≤ t < max_timestep.
+    """The one timestep of the extra pass ``number``: uniform over min_timestep <= t < max_timestep.
 
     It depends on the seed and the number of the pass only, so that all processes agree on it and a resumed training
     continues the sequence.

@@ -3,7 +3,7 @@
 `LossHook.install` replaces five methods on the running trainer *object* (its class and sd-scripts' files stay as they
 are). The order of calls in one step:
 
-    process_batch                  the trainer's own, unchanged → base loss
+    process_batch                  the trainer's own, unchanged -> base loss
       get_noise_pred_and_target    the trainer's own; its arguments and results are kept
     get_noise_pred_and_target      unified only: once more at one t for the batch, in a random stream of its own
     frequency_matching_loss        added to the base loss
@@ -192,7 +192,7 @@ class LossHook:
         return timestep, _Pass(call, *results[:3])
 
     def _schedule(self, noise_scheduler: Any, timesteps: Tensor | float) -> Tensor | None:
-        """ᾱ where the timesteps are: sd-scripts moves its own copy between CPU and GPU in every step."""
+        """alpha_bar where the timesteps are: sd-scripts moves its own copy between CPU and GPU in every step."""
         if self._family.prediction != "scheduler":
             return None
         device = timesteps.device if isinstance(timesteps, Tensor) else torch.device("cpu")

@@ -56,7 +56,7 @@ FAMILIES: dict[str, Family] = {
     "SdxlNetworkTrainer": Family("SDXL", "networks.lora", "scheduler"),
     "Sd3NetworkTrainer": Family("SD3", "networks.lora_sd3", "sample"),
     "FluxNetworkTrainer": Family("FLUX / Chroma", "networks.lora_flux", "flow"),
-    # Lumina predicts x0 − n, the negative of the others; the loss is a square.
+    # Lumina predicts x0 - n, the negative of the others; the loss is a square.
     "LuminaNetworkTrainer": Family("Lumina Image", "networks.lora_lumina", "flow"),
     "HunyuanImageNetworkTrainer": Family("Hunyuan Image", "networks.lora_hunyuan_image", "flow"),
     "AnimaNetworkTrainer": Family("Anima", "networks.lora_anima", "flow", timestep_scale=NUM_TRAIN_TIMESTEPS),
@@ -127,9 +127,9 @@ def at_one_timestep(args: argparse.Namespace, timestep: int) -> argparse.Namespa
     """A copy of ``args`` with which every trainer gives each sample of the batch the same timestep.
 
     - SD1/2, SDXL and SD3 draw from ``min_timestep``..``max_timestep``; sd-scripts' own validation sets both alike.
-    - The flow trainers draw σ. With ``timestep_sampling = "shift"`` it is x·shift / (1 + (shift − 1)·x) where
-      x = sigmoid(sigmoid_scale·normal). A sigmoid_scale of 0 makes x = 1/2 and σ = shift / (1 + shift), so that
-      shift = s / (1 − s) gives σ = s.
+    - The flow trainers draw sigma. With ``timestep_sampling = "shift"`` it is x·shift / (1 + (shift - 1)·x) where
+      x = sigmoid(sigmoid_scale·normal). A sigmoid_scale of 0 makes x = 1/2 and sigma = shift / (1 + shift), so that
+      shift = s / (1 - s) gives sigma = s.
     - They also reshape the prediction by ``model_prediction_type``; ``raw`` leaves the velocity as it is.
     """
     fixed = copy.copy(args)

@@ -38,7 +38,7 @@ def fft_bands(array, cutoff=0.25):
 
 
 def clean_latent(output, noisy, alpha_bar, sigma, prediction_type):
-    """x̂0 by way of ε where the seed goes by way of ε."""
+    """x0_hat by way of eps where the seed goes by way of eps."""
     if prediction_type == "sample":
         return output
     if prediction_type == "flow":
@@ -77,6 +77,6 @@ def gradient(function, array, indices, step=1e-2):
 
 
 def stable_diffusion_alphas_cumprod():
-    """ᾱ of SD1.5: betas linear in their square roots from 0.00085 to 0.012."""
+    """alpha_bar of SD1.5: betas linear in their square roots from 0.00085 to 0.012."""
     betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     return np.cumprod(1 - betas)

@@ -11,7 +11,7 @@ from freq_loss_plugin import ConfigError, FreqLossConfig
 
 # What a user may write, and words that the error must contain: the key, the value, what is allowed or nearest.
 WRONG = [
-    ({"dist_match": -0.1}, ["dist_match", "-0.1", "≥ 0"]),
+    ({"dist_match": -0.1}, ["dist_match", "-0.1", ">= 0"]),
     ({"dist_match": float("nan")}, ["dist_match", "nan", "finite"]),
     ({"dist_match": float("inf")}, ["dist_match", "inf", "finite"]),
     ({"dist_match": "0.003"}, ["dist_match", "'0.003'", "a number", "quotes"]),
@@ -28,13 +28,13 @@ WRONG = [
     ({"freq_loss_method": 3}, ["freq_loss_method", "3 (int)", "'wavelet'"]),
     ({"freq_loss_wavelet": "db333"}, ["freq_loss_wavelet", "'db333'", "Did you mean 'db3"]),
     ({"freq_loss_wavelet": "morl"}, ["freq_loss_wavelet", "'morl'", "discrete"]),
-    ({"freq_loss_levels": 0}, ["freq_loss_levels", "0", "≥ 1"]),
+    ({"freq_loss_levels": 0}, ["freq_loss_levels", "0", ">= 1"]),
     ({"freq_loss_levels": 2.5}, ["freq_loss_levels", "2.5", "a whole number"]),
     ({"freq_loss_levels": "2"}, ["freq_loss_levels", "'2'", "quotes"]),
     ({"freq_loss_cutoff": 0}, ["freq_loss_cutoff", "above 0"]),
     ({"freq_loss_cutoff": 0.6}, ["freq_loss_cutoff", "0.6", "at most 0.5"]),
-    ({"freq_loss_low_weight": -1}, ["freq_loss_low_weight", "-1", "≥ 0"]),
-    ({"freq_loss_high_weight": -0.3}, ["freq_loss_high_weight", "-0.3", "≥ 0"]),
+    ({"freq_loss_low_weight": -1}, ["freq_loss_low_weight", "-1", ">= 0"]),
+    ({"freq_loss_high_weight": -0.3}, ["freq_loss_high_weight", "-0.3", ">= 0"]),
     ({"freq_loss_timesteps": "shared"}, ["freq_loss_timesteps", "'shared'", "'unified'", "'own'"]),
     ({"freq_loss_min_timestep": 600, "freq_loss_max_timestep": 200}, ["600", "200", "empty"]),
     ({"freq_loss_min_timestep": 600}, ["freq_loss_min_timestep = 600", "freq_loss_max_timestep = 600", "empty"]),

@@ -103,7 +103,7 @@ def assert_same(ours, theirs):
         ({"network_dims": 8}, ["network_dims: not supported", "Did you mean network_dim?", "sd-scripts"]),
         ({"xformers": True}, ["xformers: not supported", "accelerate launch train_network.py"]),
         ({"network_dim": "8"}, ["network_dim = '8' (str)", "a whole number", "remove the quotes"]),
-        ({"network_dim": 0}, ["network_dim = 0", "≥ 1"]),
+        ({"network_dim": 0}, ["network_dim = 0", ">= 1"]),
         ({"optimizer_type": "AdamW8bit"}, ["'AdamW8bit'", "'AdamW'"]),
         ({"mixed_precision": "bf"}, ["'bf'", "did you mean 'bf16'?"]),
         ({"cache_latents": False}, ["cache_latents = False", "one of True"]),

@@ -9,6 +9,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from torch import autocast
 
 from freq_loss_plugin import bands, frequency_decomposition, wavelet_library
 
@@ -102,7 +103,7 @@ def test_gradients(method):
 
 def test_float32_inside_autocast():
     latents = torch.randn(1, 4, 32, 32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with autocast("cpu", dtype=torch.bfloat16):
         inside = frequency_decomposition(latents).low
     torch.testing.assert_close(inside, frequency_decomposition(latents).low, atol=0, rtol=0)
 
@@ -154,6 +155,7 @@ def test_falls_back_to_fft_with_one_warning_naming_the_package():
 import sys, warnings
 sys.modules["pytorch_wavelets"] = None
 import torch
+from torch import autocast
 from freq_loss_plugin import FreqLossConfig, frequency_decomposition
 latents = torch.randn(1, 1, 16, 16)
 with warnings.catch_warnings(record=True) as caught:

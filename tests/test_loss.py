@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import autocast
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from freq_loss_plugin import ConfigError, FreqLossConfig, frequency_matching_loss, reference_loss
@@ -234,7 +235,7 @@ def test_the_total_is_dist_match_times_the_weighted_bands_and_zero_is_zero():
 def test_half_precision_is_computed_in_float32_whatever_the_autocast(dtype):
     prediction, target = torch.randn(2, 4, 4, 32, 32).to(dtype)
     arguments = {"prediction_type": "epsilon", "timesteps": 500, "alphas_cumprod": ALPHAS32, "config": FreqLossConfig()}
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with autocast("cpu", dtype=torch.bfloat16):
         inside = frequency_matching_loss(prediction, target, **arguments)
     outside = frequency_matching_loss(prediction.float(), target.float(), **arguments)
     assert inside.total.dtype == torch.float32

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.nn import Linear
 
 from freq_loss_plugin.embedded.pictures import CAPTIONED, draw, random_scene
 
@@ -73,7 +74,7 @@ def test_rescaling_gives_unit_variance_and_changes_no_picture(script):
 
 def stage_of(script, file, steps=8):
     torch.manual_seed(0)
-    return script.Stage(file, {"line": torch.nn.Linear(4, 4)}, steps, 0.1)
+    return script.Stage(file, {"line": Linear(4, 4)}, steps, 0.1)
 
 
 class KilledError(Exception):

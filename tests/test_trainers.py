@@ -18,6 +18,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from torch import autocast
 
 import freq_loss_plugin.report
 from freq_loss_plugin import ConfigError, FreqLossConfig
@@ -156,7 +157,7 @@ def test_unified_reads_the_bare_velocity_however_the_base_loss_reshapes_it(stand
 @pytest.mark.host
 @pytest.mark.parametrize("name", ["sd15", "flux"])
 def test_masked_loss_masks_the_latents_by_the_conditioning_images(stand_ins, name):
-    """With masked_loss the mask is the red channel of a picture in −1..1, averaged down to the size of the latents."""
+    """With masked_loss the mask is the red channel of a picture in -1..1, averaged down to the size of the latents."""
     stand_in = stand_ins.make(name, masked_loss=True)
     masks = torch.rand(3, 16, 12)
     pictures = torch.zeros(3, 3, 128, 96)
@@ -176,7 +177,7 @@ def test_float16_autocast_with_a_gradient_scaler(stand_ins):
     for half in (False, True):
         stand_in = stand_ins.make("sd15")
         scaler = torch.amp.GradScaler("cpu", enabled=half, init_scale=2.0**10)
-        stand_in.accelerator.autocast = lambda: torch.autocast("cpu", dtype=torch.float16, enabled=half)  # noqa: B023
+        stand_in.accelerator.autocast = lambda: autocast("cpu", dtype=torch.float16, enabled=half)  # noqa: B023
         install(stand_in, FreqLossConfig(dist_match=0.1))
         optimizer = torch.optim.SGD(stand_in.denoiser.parameters(), lr=0.0)
         scaler.scale(stand_in.process_batch()).backward()
@@ -442,7 +443,7 @@ def announced(config, capsys, caplog, **args):
 def test_the_block_tells_a_fallback_and_drops_what_no_longer_matters(monkeypatch, capsys, caplog):
     monkeypatch.setattr("freq_loss_plugin.config.resolve_method", lambda method: "fft")
     block, _ = announced(FreqLossConfig(), capsys, caplog, train_batch_size=4)
-    assert "freq_loss_method = wavelet → fft: the wavelet library cannot be imported (pip install" in block
+    assert "freq_loss_method = wavelet -> fft: the wavelet library cannot be imported (pip install" in block
     assert "freq_loss_cutoff = 0.25" in block
     assert "freq_loss_levels" not in block
 

@@ -91,7 +91,7 @@ def _strongest_wave(residual: NDArray, weight: NDArray) -> str:
     angle = np.degrees(np.arctan2(rows, columns))
     textured = (frequency > 1 / 28) & (frequency < 1 / 9)
     peak = np.unravel_index(np.argmax(np.where(textured, spectrum, 0)), spectrum.shape)
-    # Checks are a product of two waves: half the amplitude on each of the two diagonals, and shorter by a factor √2.
+    # Checks are a product of two waves: half the amplitude on each of the two diagonals, and shorter by sqrt(2).
     if spectrum[peak] < 0.5 * _FAINTEST_WAVE * TEXTURE_AMPLITUDE:
         return "no pattern"
     if angle[peak] > 67.5:

@@ -127,7 +127,7 @@ def draw(scene: Scene, style: str = "base", size: int = SIZE) -> Picture:
 
 
 def texture(scene: Scene, size: int = SIZE) -> Picture:
-    """The texture alone, between −1 and 1, of mean about 0."""
+    """The texture alone, between -1 and 1, of mean about 0."""
     down, right = np.mgrid[:size, :size].astype(np.float64)
     turn = 2 * math.pi / scene.period
     waves: dict[str, Callable[[], NDArray[np.float64]]] = {

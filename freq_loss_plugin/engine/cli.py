@@ -96,12 +96,12 @@ def _tell(shown: Shown, training: settings.Settings, toml: Path | None = None) -
     print("\nDone.")
     for name, outcome in shown.outcomes.items():
         label = f"{name}: " if len(shown.outcomes) > 1 else ""
-        print(f"  {label}{outcome.step} steps in {outcome.seconds:.0f} s → {outcome.lora}")
+        print(f"  {label}{outcome.step} steps in {outcome.seconds:.0f} s -> {outcome.lora}")
         if outcome.evaluations:
             before, after = outcome.evaluations[0], outcome.evaluations[-1]
             print(
-                f"    on held-out pictures: L_low {before.low:.4f} → {after.low:.4f}, "
-                f"L_high {before.high:.4f} → {after.high:.4f}"
+                f"    on held-out pictures: L_low {before.low:.4f} -> {after.low:.4f}, "
+                f"L_high {before.high:.4f} -> {after.high:.4f}"
             )
     for file in shown.files:
         print(f"  {file}")

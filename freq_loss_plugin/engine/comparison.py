@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from diffusers import DDIMScheduler
-from torch import Tensor
+from torch import Tensor, autocast
 
 from ..config import FreqLossConfig
 from ..options import ConfigError
@@ -57,8 +57,8 @@ def sample(model: Model, sampling: Sampling, size: tuple[int, int]) -> Tensor:
     pipeline = model.pipeline
     pipeline.scheduler = DDIMScheduler.from_config(model.scheduler.config, set_alpha_to_one=False, steps_offset=1)
     pipeline.set_progress_bar_config(disable=True)
-    autocast = torch.autocast(model.device.type, pipeline.unet.dtype, enabled=pipeline.unet.dtype != torch.float32)
-    with autocast:
+    precision = autocast(model.device.type, pipeline.unet.dtype, enabled=pipeline.unet.dtype != torch.float32)
+    with precision:
         latents = pipeline(
             sampling.prompts,
             width=size[0],

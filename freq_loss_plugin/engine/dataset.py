@@ -128,7 +128,7 @@ def _buckets(settings: Settings) -> list[tuple[int, int]]:
 
 
 def load_pixels(example: Example) -> Tensor:
-    """The picture, scaled to cover its size and cropped at the centre: shape (3, H, W), −1..1."""
+    """The picture, scaled to cover its size and cropped at the centre: shape (3, H, W), -1..1."""
     width, height = example.size
     with Image.open(example.file) as picture:
         picture = picture.convert("RGB")

@@ -107,7 +107,8 @@ class Model:
 def load(settings: Settings, device: torch.device) -> Model:
     """Load the checkpoint, freeze it, and add LoRA layers that change nothing yet.
 
-    The layers begin as sd-scripts' do: ``lora_down`` from Kaiming's uniform distribution with a = √5, ``lora_up`` at 0.
+    The layers begin as sd-scripts' do: ``lora_down`` from Kaiming's uniform distribution with a = sqrt(5),
+    ``lora_up`` at 0.
 
     Raises:
         ConfigError: there is no such checkpoint, or it is none that the engine trains.

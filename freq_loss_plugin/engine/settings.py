@@ -122,20 +122,20 @@ class Settings:
         whole = ("network_dim", "train_batch_size", "max_train_steps", "gradient_accumulation_steps", "min_bucket_reso")
         for name in (*whole, "max_bucket_reso", "bucket_reso_steps", "lr_scheduler_num_cycles"):
             if getattr(self, name) < 1:
-                raise wrong_value(self, name, "a whole number ≥ 1")
+                raise wrong_value(self, name, "a whole number >= 1")
         for name in ("save_every_n_steps", "clip_skip"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise wrong_value(self, name, "a whole number ≥ 1; leave it out for none")
+                raise wrong_value(self, name, "a whole number >= 1; leave it out for none")
         for name in ("learning_rate", "unet_lr", "text_encoder_lr", "max_grad_norm", "lr_warmup_steps"):
             if not 0 <= _first(getattr(self, name), 0) < math.inf:
-                raise wrong_value(self, name, "a finite number ≥ 0")
+                raise wrong_value(self, name, "a finite number >= 0")
         for name in ("network_alpha", "min_snr_gamma"):
             if not 0 < _first(getattr(self, name), 1) < math.inf:
                 raise wrong_value(self, name, "a finite number > 0")
         first, end = _first(self.min_timestep, 0), _first(self.max_timestep, NUM_TRAIN_TIMESTEPS)
         if not 0 <= first < end <= NUM_TRAIN_TIMESTEPS:
             raise ConfigError(
-                f"min_timestep = {first} and max_timestep = {end}: expected 0 ≤ min_timestep < max_timestep ≤ "
+                f"min_timestep = {first} and max_timestep = {end}: expected 0 <= min_timestep < max_timestep <= "
                 f"{NUM_TRAIN_TIMESTEPS}"
             )
         if self.bucket_reso_steps % 8:

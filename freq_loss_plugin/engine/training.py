@@ -7,7 +7,7 @@ One optimizer step, for each of its batches n = step·gradient_accumulation_step
     base loss                             mean squared error, with min-SNR weights where asked for
     backward                              with the frequency term, where it is computed from the same pass (own)
     unified pass at one timestep, term    backward at once, so that one graph is alive at a time
-    numbers arrived?                      not finite → stop; the optimizer has not run
+    numbers arrived?                      not finite -> stop; the optimizer has not run
     clip, optimizer, scheduler
 
 Nothing random is left to the state of a global generator, so a resumed training is the uninterrupted one.
@@ -135,7 +135,7 @@ class Trainer:
         self._batches = Batches(data.examples, settings.train_batch_size, settings.seed)
         self._parameters = [parameter for prefix in model.adapted for parameter in model.trainable(prefix)]
         self._optimizer, self._schedule = accelerator.prepare(*self._make_optimizer())
-        # Twice, so that looking up ᾱ moves nothing between them in a step.
+        # Twice, so that looking up alpha_bar moves nothing between them in a step.
         self._alphas_on_host = model.scheduler.alphas_cumprod.float()
         self._alphas_on_device = self._alphas_on_host.to(accelerator.device)
         self._monitor = TermMonitor()
