@@ -37,6 +37,9 @@ METHODS: tuple[str, ...] = get_args(Method)
 # One entry per size, device and dtype. Bucketed training meets a few dozen sizes; 512×512 float32 is 1 MiB.
 _CACHED_OPERATORS = 128
 
+# Beyond this size (pictures, not latents) A_n would take more memory than it saves time; the transform itself is run.
+_LARGEST_OPERATOR = 1024
+
 
 class Bands(NamedTuple):
     """The two bands of a tensor, each of its shape and dtype; ``low + high`` is the tensor."""
@@ -84,9 +87,23 @@ def frequency_decomposition(
         return Bands(low.to(tensor.dtype), (exact - low).to(tensor.dtype))
 
 
+def low_bands(
+    tensor: Tensor, method: Method = "wavelet", wavelet: str = "db3", J: int = 2, *, cutoff: float = 0.25
+) -> list[Tensor]:
+    """The low band after 1, 2, … J levels, the last of them that of `frequency_decomposition`; for fft just that one.
+
+    What level j takes away, its detail band, is the (j - 1)-th entry minus the j-th, with the tensor itself as the
+    0-th. Arguments and errors as in `frequency_decomposition`.
+    """
+    levels = range(1, J + 1) if resolve_method(method) == "wavelet" else [J]
+    return [frequency_decomposition(tensor, method, wavelet, level, cutoff=cutoff).low for level in levels]
+
+
 def wavelet_low_band(tensor: Tensor, wavelet: str, levels: int) -> Tensor:
     """``A_H · X · A_W^T`` over the last two dimensions; differentiable, same shape and dtype."""
     height, width = tensor.shape[-2:]
+    if max(height, width) > _LARGEST_OPERATOR:
+        return _transformed_low_band(tensor, wavelet, levels)
     rows = wavelet_low_pass(height, wavelet, levels, tensor.device, tensor.dtype)
     columns = wavelet_low_pass(width, wavelet, levels, tensor.device, tensor.dtype)
     return rows @ tensor @ columns.T
@@ -149,6 +166,19 @@ def wavelet_low_pass(n: int, wavelet: str, levels: int, device: torch.device, dt
         low_bands = inverse((approximation, [torch.zeros_like(detail) for detail in details]))
         # Row j of low_bands is the low band of the j-th unit vector, hence column j of A.
         return low_bands[0, :, :n].T.contiguous().to(dtype).to(device)
+
+
+def _transformed_low_band(tensor: Tensor, wavelet: str, levels: int) -> Tensor:
+    """The same low band by pytorch_wavelets' 2-D transform and back, which needs no n×n matrix."""
+    check_wavelet(wavelet)
+    library = wavelet_library.load()
+    height, width = tensor.shape[-2:]
+    pictures = tensor.reshape(-1, 1, height, width)
+    forward = library.DWTForward(J=levels, wave=wavelet, mode="zero").to(tensor)
+    inverse = library.DWTInverse(wave=wavelet, mode="zero").to(tensor)
+    approximation, details = forward(pictures)
+    low = inverse((approximation, [torch.zeros_like(detail) for detail in details]))
+    return low[..., :height, :width].reshape(tensor.shape)
 
 
 def _use_exact_filters(forward: torch.nn.Module, inverse: torch.nn.Module, wavelet: str) -> None:

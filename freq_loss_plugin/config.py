@@ -150,7 +150,7 @@ class FreqLossConfig:
         """Raise ConfigError where latents of H×W are too small for the wavelet levels (2^J > min(H, W))."""
         if self.method == "wavelet" and 2**self.levels > min(height, width):
             most = int(math.log2(min(height, width)))
-            fix = f"set freq_loss_levels = {most}" if most else "train at a higher resolution"
+            fix = f"set freq_loss_levels = {most}" if most else "use a higher resolution"
             raise ConfigError(
                 f"freq_loss_levels = {self.levels}: needs latents of at least {2**self.levels} × {2**self.levels}, and "
                 f"these are {height} × {width} (pixels divided by the factor of the VAE, usually 8); {fix}"

@@ -116,6 +116,23 @@ def frequency_matching_loss(
         return _weigh(*_band_energies(_batch_sum(residual, coefficients), config), config)
 
 
+def band_error_maps(difference: Tensor, config: FreqLossConfig) -> Bands:
+    """Where L_low and L_high come from: the squared bands of D, averaged over everything but the position.
+
+    Args:
+        difference: D = sum_i w_i·k_i·(prediction_i - target_i), shape (C, H, W) or (C, T, H, W).
+        config: its method, wavelet, levels and cutoff are used.
+
+    Returns:
+        `Bands` of shape (H, W) each; their means are L_low and L_high.
+    """
+    config.check_size(*difference.shape[-2:])
+    bands = frequency_decomposition(
+        difference.unsqueeze(0), config.method, config.wavelet, config.levels, cutoff=config.cutoff
+    )
+    return Bands(*(band.square().flatten(end_dim=-3).mean(dim=0) for band in bands))
+
+
 def reference_loss(
     prediction: Tensor,
     target: Tensor,

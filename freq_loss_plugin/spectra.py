@@ -1,11 +1,19 @@
-"""Radial power spectra: how much of a set of pictures or latents lies at which frequency."""
+"""Radial power spectra: how much of a set of pictures or latents lies at which frequency, and how two sets differ."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .bands import disc_radius
+from .config import FreqLossConfig
+from .shaping import split_bands
+
+# Far below the power of rounding a picture to 8 bits (1/255² / 12 = 1.3e-6), and above that of float32's own rounding.
+_FLOOR = 1e-10
 
 
 class RadialSpectrum(NamedTuple):
@@ -13,6 +21,41 @@ class RadialSpectrum(NamedTuple):
 
     frequency: Tensor
     power: Tensor
+
+
+class BandComparison(NamedTuple):
+    """One band of two sets A and B."""
+
+    name: str
+    share_a: float
+    """The part of A's variance that lies in this band, 0..1."""
+    share_b: float
+    ratio: float
+    """10·log10 of the mean energy of A's band over that of B's, in dB."""
+    distance: float
+    """Log-spectral distance over the frequencies of this band, in dB."""
+
+
+class SpectrumComparison(NamedTuple):
+    """Two spectra and what they say; see `compare_spectra`."""
+
+    a: RadialSpectrum
+    b: RadialSpectrum
+    boundary: float
+    bands: tuple[BandComparison, BandComparison, BandComparison]
+
+    @property
+    def distance(self) -> float:
+        """Log-spectral distance over all frequencies, in dB; 0 for equal spectra."""
+        return self.bands[-1].distance
+
+    def table(self) -> str:
+        """The bands as a table of plain text."""
+        rows = [
+            f"{band.name:<5}{band.share_a:>10.1%}{band.share_b:>10.1%}{band.ratio:>+9.2f} dB{band.distance:>10.2f} dB"
+            for band in self.bands
+        ]
+        return "\n".join([f"{'band':<5}{'A':>10}{'B':>10}{'A / B':>12}{'distance':>13}", *rows])
 
 
 def radial_power_spectrum(pictures: Tensor) -> RadialSpectrum:
@@ -52,3 +95,95 @@ def radial_power_spectrum(pictures: Tensor) -> RadialSpectrum:
     sums = torch.zeros(count, device=power.device).index_add_(0, ring[inside], power.flatten()[inside])
     sizes = torch.bincount(ring[inside], minlength=count)
     return RadialSpectrum((torch.arange(count, device=power.device) / shortest)[1:], (sums / sizes)[1:])
+
+
+def band_boundary(config: FreqLossConfig, height: int, width: int) -> float:
+    """Where the low band ends, in cycles per pixel.
+
+    For fft the radius of the disc. A wavelet has no sharp end; each level halves the band, and 2^-(J+1) is its nominal
+    one.
+    """
+    if config.resolved_method == "wavelet":
+        return 2.0 ** -(config.levels + 1)
+    return disc_radius(height, width, config.cutoff) / min(height, width)
+
+
+def compare_spectra(
+    a: Tensor, b: Tensor, config: FreqLossConfig, *, on_picture: Callable[[], None] = lambda: None
+) -> SpectrumComparison:
+    r"""Compare two sets of pictures or latents frequency by frequency and band by band.
+
+    .. math:: distance = \sqrt{\operatorname{mean}_k \left(10 \log_{10} \frac{P_A(f_k)}{P_B(f_k)}\right)^2}
+
+    the log-spectral distance, over the frequencies of the set with fewer of them (the other spectrum is interpolated).
+    A band's energy is that of the deviations from each picture's own mean, in the bands of the loss.
+
+    Args:
+        a: shape (B, C, H, W) or (B, C, T, H, W), whose frames count as pictures.
+        b: the same number of channels; B, H, W and T may differ.
+        config: its method, wavelet, levels and cutoff are used.
+        on_picture: called once for each picture of both sets; what it raises ends the comparison.
+
+    Raises:
+        ConfigError: a picture is too small for the wavelet levels.
+        ValueError: two numbers of channels.
+
+    Example:
+        >>> pictures = torch.rand(2, 3, 32, 32)
+        >>> comparison = compare_spectra(pictures, 2 * pictures, FreqLossConfig())
+        >>> round(comparison.distance, 2)
+        6.02
+    """
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(f"A has {a.shape[1]} channels and B {b.shape[1]}: expected the same number")
+    spectrum_a, energies_a = _measure(a, config, on_picture)
+    spectrum_b, energies_b = _measure(b, config, on_picture)
+    boundary = band_boundary(config, *min(a.shape[-2:], b.shape[-2:], key=min))
+    coarser = min(spectrum_a.frequency, spectrum_b.frequency, key=len)
+    decibels = _decibels(_at(coarser, spectrum_a)) - _decibels(_at(coarser, spectrum_b))
+    low = coarser <= boundary
+    bands = (
+        _compare_band("low", energies_a[0], energies_b[0], sum(energies_a), sum(energies_b), decibels[low]),
+        _compare_band("high", energies_a[1], energies_b[1], sum(energies_a), sum(energies_b), decibels[~low]),
+        _compare_band("all", *2 * (sum(energies_a), sum(energies_b)), decibels),
+    )
+    return SpectrumComparison(spectrum_a, spectrum_b, boundary, bands)
+
+
+def _measure(
+    pictures: Tensor, config: FreqLossConfig, on_picture: Callable[[], None]
+) -> tuple[RadialSpectrum, tuple[float, float]]:
+    """The spectrum of a set and the mean energies of its two bands; one picture at a time, so that memory holds."""
+    if pictures.ndim == 5:
+        pictures = pictures.transpose(1, 2).flatten(end_dim=1)
+    power, energies = torch.zeros(()), torch.zeros(2, dtype=torch.float64)
+    for picture in pictures.split(1):
+        on_picture()
+        picture = picture.float()
+        spectrum = radial_power_spectrum(picture)
+        power = power + spectrum.power.cpu() / len(pictures)
+        deviations = picture - picture.mean(dim=(-2, -1), keepdim=True)
+        bands = split_bands(deviations, config)
+        energies += torch.stack([band.square().mean().double().cpu() for band in bands]) / len(pictures)
+    low, high = energies.tolist()
+    return RadialSpectrum(spectrum.frequency.cpu(), power), (low, high)
+
+
+def _compare_band(name: str, a: float, b: float, total_a: float, total_b: float, decibels: Tensor) -> BandComparison:
+    ratio = float(_decibels(torch.tensor(a)) - _decibels(torch.tensor(b)))
+    distance = float(decibels.square().mean().sqrt()) if len(decibels) else 0.0
+    return BandComparison(name, a / max(total_a, _FLOOR), b / max(total_b, _FLOOR), ratio, distance)
+
+
+def _at(frequency: Tensor, spectrum: RadialSpectrum) -> Tensor:
+    """The power at other frequencies, linear between the two nearest."""
+    if len(frequency) == len(spectrum.frequency):
+        return spectrum.power
+    right = torch.searchsorted(spectrum.frequency, frequency).clamp(1, len(spectrum.frequency) - 1)
+    left_f, right_f = spectrum.frequency[right - 1], spectrum.frequency[right]
+    fraction = ((frequency - left_f) / (right_f - left_f)).clamp(0, 1)
+    return torch.lerp(spectrum.power[right - 1], spectrum.power[right], fraction)
+
+
+def _decibels(power: Tensor) -> Tensor:
+    return 10 * torch.log10(power.clamp(min=_FLOOR))

@@ -9,12 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
+from ..drawing import COLOURS, new_figure
 from ..spectra import radial_power_spectrum
 from .lora_file import write_whole
 from .training import Outcome
-
-# One colour an arm, in every plot: pictures, before, plain MSE, with the loss (Okabe and Ito's palette).
-_COLOURS = ("#000000", "#999999", "#E69F00", "#0072B2")
 
 
 def comparison(file: Path, rows: Mapping[str, Tensor], prompts: list[str]) -> Path:
@@ -35,7 +33,8 @@ def comparison(file: Path, rows: Mapping[str, Tensor], prompts: list[str]) -> Pa
 def curves(file: Path, outcomes: Mapping[str, Outcome], rows: Mapping[str, Tensor]) -> Path:
     """Band losses over the training (left) and radial spectra of the pictures in ``rows`` (right)."""
     figure, axes = _figure(1, 3, 4.2, 3.4)
-    colours = dict(zip(rows, _COLOURS, strict=False))
+    # One colour an arm, in every plot: pictures, before, plain MSE, with the loss.
+    colours = dict(zip(rows, COLOURS, strict=False))
     for axis, band in zip(axes[0], ("low", "high"), strict=False):
         for name, outcome in outcomes.items():
             if outcome.evaluations:
@@ -61,10 +60,9 @@ def curves(file: Path, outcomes: Mapping[str, Outcome], rows: Mapping[str, Tenso
 
 
 def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
-    """A figure that needs no screen and leaves pyplot's state alone."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width * columns + 0.6, height * rows + 0.2), dpi=120, layout="constrained")
+    """A figure of rows × columns plots, each of width × height inches."""
+    pixels = 120 * (width * columns + 0.6), 120 * (height * rows + 0.2)
+    figure = new_figure(*map(round, pixels), dpi=120, layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 

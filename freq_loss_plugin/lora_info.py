@@ -1,0 +1,271 @@
+"""What a LoRA file says about itself, read from its header alone: nothing of it is executed, and no weight is loaded.
+
+A safetensors file begins with 8 bytes, the length n of its header (little endian), and n bytes of JSON that name every
+tensor's dtype, shape and place; then come the values. Source: the safetensors format description.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+GUIDANCE_TOKEN_KEY = "ss_freq_loss_guidance_token"
+
+# safetensors itself refuses longer headers.
+_LONGEST_HEADER = 100_000_000
+_FLOATING = re.compile(r"F(64|32|16|8\w*)|BF16")
+
+# The trainers' own words for base models (ss_base_model_version, modelspec.architecture), by how they begin.
+_BASE_MODELS = {
+    "sd_v1": "SD1.x",
+    "stable-diffusion-v1": "SD1.x",
+    "sd_v2": "SD2.x",
+    "stable-diffusion-v2": "SD2.x",
+    "sdxl": "SDXL",
+    "stable-diffusion-xl": "SDXL",
+    "sd3": "SD3",
+    "stable-diffusion-3": "SD3",
+    "flux": "FLUX.1",
+    "chroma": "Chroma",
+    "lumina": "Lumina 2",
+    "hunyuan-image": "HunyuanImage 2.1",
+    "anima": "Anima",
+}
+# The width of the text that a U-Net's cross-attention reads tells which Stable Diffusion it is.
+_TEXT_WIDTHS = {768: "SD1.x", 1024: "SD2.x", 2048: "SDXL"}
+
+# Endings of tensor names; what stands before them is the module that they adapt.
+_ENDING = re.compile(
+    r"\.(lora_(down|up|mid|A|B|linear_layer\.(down|up))(\.default)?(\.weight)?|lora\.(down|up)\.weight|alpha|dora_scale"
+    r"|hada_[wt]\d(_[ab])?|lokr_[wt]\d(_[ab])?|oft_(blocks|diag)|rescale|[ab][12]\.weight|diff(_b)?|set_weight"
+    r"|[wb]_norm|reshape_weight|scalar|on_input)$|_lora\.(down|up)\.weight$"
+)
+_TEXT_ENCODER = re.compile(r"^(lora_te|text_encoder|clip_|te\d?[._])|\btext_model\b")
+
+
+class LoraFileError(ValueError):
+    """A file is not a LoRA that can be loaded; says what it is instead, and what to do."""
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """The header of a LoRA file."""
+
+    name: str
+    metadata: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
+    """Tensor name to shape."""
+
+    @cached_property
+    def modules(self) -> tuple[str, ...]:
+        """The adapted modules, by the file's own names."""
+        return tuple(dict.fromkeys(name for key in self.shapes if (name := module_of(key))))
+
+    @cached_property
+    def text_encoder_modules(self) -> tuple[str, ...]:
+        """Those of `modules` that belong to a text encoder."""
+        return tuple(name for name in self.modules if _TEXT_ENCODER.search(name))
+
+    @cached_property
+    def ranks(self) -> tuple[int, ...]:
+        """The different ranks of its plain LoRA modules, smallest first."""
+        downs = (shape for key, shape in self.shapes.items() if re.search(r"lora_down|lora_A|lora\.down", key))
+        return tuple(sorted({shape[0] for shape in downs if shape}))
+
+    @cached_property
+    def base_model(self) -> str | None:
+        """The family of models that it was trained on, ``"SD1.x"``, ``"SDXL"``, …; None where nothing tells."""
+        for key in ("ss_base_model_version", "modelspec.architecture"):
+            told = self.metadata.get(key, "").lower()
+            for beginning, family in _BASE_MODELS.items():
+                if told.startswith(beginning):
+                    return family
+        return self._base_model_of_its_names()
+
+    @property
+    def has_frequency_loss(self) -> bool:
+        """Whether it was trained with the loss of this project."""
+        return any(key.startswith("ss_freq_loss_") for key in self.metadata)
+
+    @property
+    def has_guidance_token(self) -> bool:
+        """Whether it was trained to read an image's CLIP features in place of the last text token."""
+        return self.metadata.get(GUIDANCE_TOKEN_KEY, "").strip().lower() not in ("", "0", "0.0", "false", "none")
+
+    def trained_words(self, most: int = 8) -> list[tuple[str, int]]:
+        """The tags of the training captions and how often they were seen, most frequent first."""
+        try:
+            counted: Counter[str] = Counter()
+            for tags in json.loads(self.metadata.get("ss_tag_frequency") or "{}").values():
+                counted.update({tag.strip(): int(count) for tag, count in tags.items()})
+        except (ValueError, TypeError, AttributeError):
+            return []  # metadata is anyone's text
+        return counted.most_common(most)
+
+    def describe(self) -> str:
+        """What it is and how it was trained, in lines of plain text."""
+        text = len(self.text_encoder_modules)
+        parts = f"{len(self.modules) - text} of the diffusion model, {text} of the text encoder"
+        rows = [
+            ("base model", self._told_base_model()),
+            ("frequency loss", self._frequency_loss()),
+            *([("guidance token", f"yes ({self.metadata[GUIDANCE_TOKEN_KEY]})")] if self.has_guidance_token else []),
+            ("network", _joined(self.metadata.get("ss_network_module"), self._rank(), self._alpha(), parts)),
+            ("training", self._training()),
+            ("trained words", ", ".join(f"{_shortened(word)} ({count})" for word, count in self.trained_words())),
+            ("file", self.name),
+        ]
+        return "\n".join(f"{name}: {value or 'the file does not tell'}" for name, value in rows)
+
+    def _base_model_of_its_names(self) -> str | None:
+        if any("joint_blocks" in name for name in self.modules):
+            return "SD3"
+        if any(re.match(r"lora_unet_(input|output)_blocks", name) for name in self.modules):
+            return "SDXL"
+        for key, shape in self.shapes.items():
+            if re.search(r"attn2[._](to_k|processor).*(lora_down|lora_A|lora\.down)", key) and len(shape) > 1:
+                return _TEXT_WIDTHS.get(shape[1])
+        return None
+
+    def _told_base_model(self) -> str:
+        model = Path(self.metadata.get("ss_sd_model_name", "").replace("\\", "/")).name
+        version = self.metadata.get("ss_base_model_version")
+        return _joined(self.base_model, version and f"ss_base_model_version {version}", model and f"trained on {model}")
+
+    def _rank(self) -> str:
+        ranks = self.ranks
+        if not ranks:
+            return _labelled("rank", self.metadata.get("ss_network_dim"))
+        return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+
+    def _alpha(self) -> str:
+        return _labelled("alpha", self.metadata.get("ss_network_alpha"))
+
+    def _training(self) -> str:
+        told = self.metadata.get
+        return _joined(
+            *(f"{told(key)} {unit}" for key, unit in (("ss_steps", "steps"), ("ss_epoch", "epochs")) if told(key)),
+            *(f"{told(key)} {unit}" for key, unit in (("ss_num_train_images", "pictures"),) if told(key)),
+            *(
+                _labelled(label, told(key))
+                for label, key in (
+                    ("resolution", "ss_resolution"),
+                    ("learning rate", "ss_learning_rate"),
+                    ("optimizer", "ss_optimizer"),
+                    ("seed", "ss_seed"),
+                )
+            ),
+        )
+
+    def _frequency_loss(self) -> str:
+        if not self.has_frequency_loss:
+            return "no: trained without it"
+        own = {key.removeprefix("ss_freq_loss_"): value for key, value in self.metadata.items() if "freq_loss_" in key}
+        first = [key for key in ("dist_match", "resolved_method", "low_weight", "high_weight") if key in own]
+        rest = [key for key in sorted(own) if key not in (*first, "guidance_token", "network_module", "method")]
+        return ", ".join(f"{key} {own[key]}" for key in (*first, *rest) if own[key] != "None")
+
+
+def module_of(key: str) -> str | None:
+    """The module that a tensor adapts: its name without the ending; None where it is no part of a LoRA."""
+    ending = _ENDING.search(key)
+    return key[: ending.start()] if ending else None
+
+
+def read_lora(path: str | Path) -> LoraFile:
+    """Read the header of a LoRA file.
+
+    Args:
+        path: a .safetensors file.
+
+    Raises:
+        LoraFileError: it is missing, empty, a pickle, truncated or damaged, holds no LoRA, or holds one whose weights
+            are not floating point numbers.
+    """
+    path = Path(path)
+    _check_beginning(path)
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+            shapes = {key: tuple(part.get_shape()) for key, part in slices.items()}
+            dtypes = {key: part.get_dtype() for key, part in slices.items()}
+            metadata = dict(file.metadata() or {})
+    except (SafetensorError, OSError, ValueError, UnicodeDecodeError) as error:
+        raise LoraFileError(f"{path.name} is damaged or incomplete ({error}); copy or download it again") from None
+    lora = LoraFile(path.name, metadata, shapes)
+    _check_contents(lora, dtypes)
+    return lora
+
+
+def _check_beginning(path: Path) -> None:
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            beginning = file.read(9)
+    except OSError as error:
+        raise LoraFileError(f"{path.name} cannot be read: {error.strerror or error}") from None
+    if size == 0:
+        raise LoraFileError(f"{path.name} is empty (0 bytes); copy or download it again")
+    if beginning[:2] == b"PK" or re.match(rb"\x80[\x02-\x05]", beginning):
+        raise LoraFileError(
+            f"{path.name} is a PyTorch pickle under another name. Pickles can run code when they are loaded, so this "
+            "node never loads them; get the LoRA as .safetensors"
+        )
+    if len(beginning) < 9:
+        raise LoraFileError(f"{path.name} has {size} bytes: expected a safetensors file, which has at least 9")
+    header = int.from_bytes(beginning[:8], "little")
+    if beginning[8:9] != b"{" or header > _LONGEST_HEADER:
+        looks = "a web page" if beginning.lstrip().startswith(b"<") else "something else"
+        raise LoraFileError(
+            f"{path.name} is no safetensors file: expected a header of at most {_LONGEST_HEADER:,} bytes that begins "
+            f"with '{{', and found one of {header:,} bytes that begins with {beginning[8:9]!r}; this looks like {looks}"
+        )
+    if header + 8 > size:
+        raise LoraFileError(
+            f"{path.name} is truncated: its header alone has {header:,} bytes, the file {size:,}; copy or download it "
+            "again"
+        )
+
+
+def _check_contents(lora: LoraFile, dtypes: Mapping[str, str]) -> None:
+    if not lora.modules:
+        examples = ", ".join(list(lora.shapes)[:3]) or "none"
+        raise LoraFileError(
+            f"{lora.name} holds no LoRA: of its {len(lora.shapes)} tensors ({examples}, …) none is named like a part "
+            "of one; a whole model belongs into another loader"
+        )
+    for key, dtype in dtypes.items():
+        if module_of(key) and not _FLOATING.fullmatch(dtype) and not key.endswith((".alpha", ".reshape_weight")):
+            raise LoraFileError(
+                f"{lora.name}: {key} has dtype {dtype}; expected floating point weights (F32, F16, BF16). The file was "
+                "quantized or converted in a way that LoRA loaders do not know; get the original"
+            )
+
+
+def _shortened(word: str, most: int = 60) -> str:
+    """Whole captions count as words, too, where they have no commas."""
+    return word if len(word) <= most else f"{word[:most]}…"
+
+
+def _labelled(label: str, value: str | None) -> str:
+    return f"{label} {value}" if value not in (None, "", "None") else ""
+
+
+def _joined(*parts: str | None) -> str:
+    return ", ".join(part for part in parts if part)
+
+
+def mismatch_reason(lora: LoraFile, family: str | None, misshapen: Iterable[str]) -> str:
+    """The likely reason why modules of a LoRA find no place in a model of the family ``family``."""
+    if lora.base_model and family and lora.base_model != family:
+        return f"it was trained on {lora.base_model}, and this model is {family}"
+    if list(misshapen):
+        return "the layers have other sizes here, so it was trained on another model"
+    return "these layers are not part of this model, or the file names them in a way that ComfyUI does not know"

@@ -1,0 +1,118 @@
+"""ComfyUI's page in a real browser: load a workflow, run it, and see what is on the screen."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from server import Server
+
+# A quiet page: no tutorial, no badges, nothing that changes from day to day.
+_SETTINGS = {
+    "Comfy.TutorialCompleted": True,
+    "Comfy.Workflow.ShowMissingModelsWarning": False,
+    "Comfy.NodeBadge.NodeIdBadgeMode": "None",
+    "Comfy.NodeBadge.NodeSourceBadgeMode": "None",
+    "Comfy.Minimap.Visible": False,
+    "Comfy.Graph.CanvasInfo": False,
+    "Comfy.Workflow.Persist": False,
+}
+
+
+def chromium() -> str | None:
+    """The browser's program, or None."""
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+class Page:
+    """ComfyUI in a browser window.
+
+    Attributes:
+        errors: what the page's scripts threw, with the stack.
+        failed: addresses that the server had no answer to.
+    """
+
+    def __init__(self, page: Any, server: Server) -> None:
+        self.page, self.server = page, server
+        self.errors: list[str] = []
+        self.failed: list[str] = []
+        page.on("pageerror", lambda error: self.errors.append(f"{error}\n{error.stack}"))
+        page.on("response", lambda answer: self.failed.append(answer.url) if answer.status >= 400 else None)
+        page.goto(server.address)
+        page.wait_for_function("window.app?.graph && window.app.extensionManager?.workflow", timeout=60_000)
+        page.wait_for_timeout(1500)
+
+    def load(self, workflow: dict[str, Any], name: str = "workflow") -> list[str]:
+        """Open a workflow; the types of its nodes that are unknown here."""
+        self.page.evaluate("([data, name]) => app.loadGraphData(data, true, true, name)", [workflow, name])
+        self.page.wait_for_timeout(800)
+        return self.page.evaluate("() => app.graph._nodes.filter(n => n.has_errors || !n.comfyClass).map(n => n.type)")
+
+    def set(self, values: dict[str, Any]) -> None:
+        """Give widgets of these names these values, wherever they are."""
+        self.page.evaluate(
+            """values => { for (const node of app.graph._nodes) for (const widget of node.widgets ?? [])
+               if (widget.name in values) widget.value = values[widget.name] }""",
+            values,
+        )
+
+    def run(self, patience: float = 240) -> None:
+        """Queue what is open and wait until nothing is queued any more."""
+        before = len(self.server.get("/history"))
+        self.page.evaluate("() => app.queuePrompt(0)")
+        for _ in range(int(patience * 2)):
+            self.page.wait_for_timeout(500)
+            queue = self.server.get("/queue")
+            if len(self.server.get("/history")) > before and not queue["queue_running"] + queue["queue_pending"]:
+                break
+        else:
+            raise TimeoutError(f"the workflow did not finish in {patience} s")
+        self.page.wait_for_timeout(1500)
+
+    def fit(self, file: Path, width: int = 1600, margin: int = 30) -> None:
+        """A picture of the whole workflow, ``width`` pixels wide, without the program's own frame."""
+        left, top, wide, high = self.page.evaluate(
+            """() => { const all = app.graph._nodes.map(n => n.getBounding());
+               const x = Math.min(...all.map(b => b[0])), y = Math.min(...all.map(b => b[1]));
+               const right = Math.max(...all.map(b => b[0] + b[2])), end = Math.max(...all.map(b => b[1] + b[3]));
+               return [x, y, right - x, end - y] }"""
+        )
+        scale = (width - 2 * margin) / wide
+        height = round(high * scale) + 2 * margin
+        # The frame's bars lie over the canvas; with room around it the workflow is clear of them.
+        room = 160
+        self.page.set_viewport_size({"width": width + 2 * room, "height": height + 2 * room})
+        self.page.wait_for_timeout(300)
+        self.page.evaluate(
+            """([x, y, scale]) => { const view = app.canvas.ds; view.scale = scale; view.offset = [x, y];
+               app.canvas.setDirty(true, true) }""",
+            [(room + margin) / scale - left, (room + margin) / scale - top, scale],
+        )
+        self.page.wait_for_timeout(700)
+        canvas = self.page.evaluate("() => { const r = app.canvas.canvas.getBoundingClientRect(); return [r.x, r.y] }")
+        clip = {"x": room + canvas[0], "y": room + canvas[1], "width": width, "height": height}
+        self.page.screenshot(path=str(file), clip=clip)
+
+
+@contextlib.contextmanager
+def open_page(server: Server, locale: str = "en", size: tuple[int, int] = (1600, 1000)) -> Iterator[Page]:
+    """A page in the given language; the window closes at the end."""
+    from playwright.sync_api import sync_playwright
+
+    request = urllib.request.Request(
+        f"{server.address}/settings",
+        json.dumps({**_SETTINGS, "Comfy.Locale": locale}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    urllib.request.urlopen(request).read()
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
+        try:
+            yield Page(browser.new_page(viewport={"width": size[0], "height": size[1]}), server)
+        finally:
+            browser.close()
