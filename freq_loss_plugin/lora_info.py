@@ -6,6 +6,7 @@ tensor's dtype, shape and place; then come the values. Source: the safetensors f
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from collections import Counter
@@ -13,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 GUIDANCE_TOKEN_KEY = "ss_freq_loss_guidance_token"
 
@@ -189,15 +191,15 @@ def read_lora(path: str | Path) -> LoraFile:
     """
     path = Path(path)
     _check_beginning(path)
-    from safetensors import SafetensorError, safe_open
+    safetensors: Any = importlib.import_module("safetensors")  # its types say nothing
 
     try:
-        with safe_open(str(path), framework="pt", device="cpu") as file:
+        with safetensors.safe_open(str(path), framework="pt", device="cpu") as file:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 - no mapping
             shapes = {key: tuple(part.get_shape()) for key, part in slices.items()}
             dtypes = {key: part.get_dtype() for key, part in slices.items()}
             metadata = dict(file.metadata() or {})
-    except (SafetensorError, OSError, ValueError, UnicodeDecodeError) as error:
+    except (safetensors.SafetensorError, OSError, ValueError, UnicodeDecodeError) as error:
         raise LoraFileError(f"{path.name} is damaged or incomplete ({error}); copy or download it again") from None
     lora = LoraFile(path.name, metadata, shapes)
     _check_contents(lora, dtypes)

@@ -157,9 +157,9 @@ def _measure(
     if pictures.ndim == 5:
         pictures = pictures.transpose(1, 2).flatten(end_dim=1)
     power, energies = torch.zeros(()), torch.zeros(2, dtype=torch.float64)
-    for picture in pictures.split(1):
+    for number in range(len(pictures)):
         on_picture()
-        picture = picture.float()
+        picture = pictures[number : number + 1].float()
         spectrum = radial_power_spectrum(picture)
         power = power + spectrum.power.cpu() / len(pictures)
         deviations = picture - picture.mean(dim=(-2, -1), keepdim=True)

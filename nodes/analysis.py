@@ -194,7 +194,8 @@ class SpectrumCompare(io.ComfyNode):
         if isinstance(a, dict) != isinstance(b, dict):
             first, second = ("LATENT" if isinstance(each, dict) else "IMAGE" for each in (a, b))
             raise ValueError(
-                f"a is a {first} and b a {second}: a frequency means another thing in each; encode or decode one"
+                f"a is of type {first} and b of type {second}: a frequency means another thing in each; encode or "
+                "decode one"
             )
         sets = [
             samples_of(each, name) if isinstance(each, dict) else pictures_of(each, name)

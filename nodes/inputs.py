@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
@@ -197,9 +198,9 @@ def shown(node: type[io.ComfyNode], *outputs: Any, pictures: Tensor | None = Non
 
 def _send_text(node: type[io.ComfyNode], text: str) -> None:
     """Show a text in the node while it is open in a browser."""
-    from server import PromptServer
-
-    server = getattr(PromptServer, "instance", None)
+    # Where nodes run without the server (ComfyUI as a library), there is no such module, and nobody to show it to.
+    prompt_server = getattr(sys.modules.get("server"), "PromptServer", None)
+    server = getattr(prompt_server, "instance", None)
     if server is not None and hasattr(server, "send_progress_text"):
         server.send_progress_text(text, node.hidden.unique_id)
 

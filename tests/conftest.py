@@ -17,6 +17,39 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """The embedded default, for a few steps at a high rate, so that the LoRA changes something; its config.toml too."""
+    from freq_loss_plugin.engine import demo, settings, training
+
+    folder = tmp_path_factory.mktemp("embedded")
+    values = demo.prepare(folder, "weave").values | {"max_train_steps": 4, "learning_rate": 5e-3}
+    made, loss = settings.read(values)
+    (folder / "config.toml").write_text(settings.as_toml(made, loss))
+    return training.train(made, loss)
+
+
+@pytest.fixture(scope="session")
+def comfyui_server(trained, tmp_path_factory):
+    """A running ComfyUI with the pack, the embedded model as a checkpoint, and the LoRA of `trained`."""
+    import shutil
+
+    import hosts
+
+    sys.path.insert(0, str(Path(__file__).parent / "comfyui_host"))
+    from server import Server
+
+    from freq_loss_plugin.embedded import model_folder
+
+    comfyui = hosts.comfyui()
+    server = Server(comfyui, tmp_path_factory.mktemp("comfyui"), model_folder())
+    shutil.copy(trained.lora, server.folder / "models" / "loras" / "my_frequency_lora.safetensors")
+    shutil.copy(comfyui / "input" / "example.png", server.folder / "input")
+    server.start()
+    yield server
+    server.stop()
+
+
 _exit_status: int | None = None
 
 

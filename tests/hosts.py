@@ -19,6 +19,8 @@ SD_SCRIPTS_PACKAGES = (
     "open_clip",
 )
 
+COMFYUI_PACKAGES = ("torchvision", "torchaudio", "comfyui_frontend_package", "torchsde", "av", "alembic", "aiohttp")
+
 
 def find(variable: str, name: str) -> Path | None:
     """The checkout named by the environment variable, or the one in the cache folder, or None."""
@@ -39,8 +41,11 @@ def sd_scripts() -> Path:
 
 
 def comfyui() -> Path:
-    """The checkout of ComfyUI; skips the calling test where there is none."""
+    """The checkout of ComfyUI; skips the calling test where there is none, or where its packages are missing."""
     path = find("COMFYUI_DIR", "ComfyUI")
     if path is None:
         pytest.skip("no ComfyUI: set COMFYUI_DIR, or clone it to ~/.cache/freq_loss_plugin/ComfyUI")
+    missing = [name for name in COMFYUI_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        pytest.skip(f"ComfyUI is at {path}, but this Python lacks {', '.join(missing)}; run tests/run.sh")
     return path

@@ -20,7 +20,7 @@ from freq_loss_plugin import FreqLossConfig
 from freq_loss_plugin.embedded import model_folder
 from freq_loss_plugin.embedded.attributes import measure
 from freq_loss_plugin.embedded.pictures import draw, random_scene
-from freq_loss_plugin.engine import demo, settings, training
+from freq_loss_plugin.engine import demo, training
 
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -85,16 +85,6 @@ def test_it_draws_what_captions_say(pipeline):
     for name, share in at_least.items():
         right = np.mean([each[name] == getattr(scene, name) for each, scene in zip(found, scenes, strict=True)])
         assert right >= share, name
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """The embedded default, for a few steps at a high rate, so that the LoRA changes something."""
-    folder = tmp_path_factory.mktemp("embedded")
-    values = demo.prepare(folder, "weave").values | {"max_train_steps": 4, "learning_rate": 5e-3}
-    made, loss = settings.read(values)
-    (folder / "config.toml").write_text(settings.as_toml(made, loss))
-    return training.train(made, loss)
 
 
 @pytest.fixture(scope="module")

@@ -191,3 +191,33 @@ print(library.DTCWTForward(J=2).h0o.numel() > 0)
 """
     )
     assert output.split() == [wavelet_library.load().__version__, "False", "True"]
+
+
+@pytest.mark.parametrize("size", [(1025, 8), (30, 1100)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_pictures_too_large_for_an_operator_have_the_same_bands(size, dtype):
+    bands.wavelet_low_pass.cache_clear()
+    pictures = torch.randn(2, 3, *size, dtype=dtype)
+    low, high = frequency_decomposition(pictures)
+    assert bands.wavelet_low_pass.cache_info().currsize == 0
+    expected_low, expected_high = oracle.wavelet_bands(pictures.double().numpy())
+    np.testing.assert_allclose(low.double().numpy(), expected_low, atol=3e-6)
+    np.testing.assert_allclose(high.double().numpy(), expected_high, atol=3e-6)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (13, 24)], ids=str)
+def test_the_low_bands_of_all_levels_are_those_of_each_number_of_levels(size):
+    latents = torch.randn(2, 4, *size)
+    lows = bands.low_bands(latents, J=3)
+    assert len(lows) == 3
+    for level, low in enumerate(lows, 1):
+        torch.testing.assert_close(low, frequency_decomposition(latents, J=level).low)
+    # What the levels take away, and what is left, is everything.
+    details = [finer - coarser for finer, coarser in zip([latents, *lows], lows, strict=False)]
+    torch.testing.assert_close(sum(details) + lows[-1], latents, atol=1e-5, rtol=1e-5)
+
+
+def test_fft_has_one_low_band():
+    latents = torch.randn(1, 4, 16, 16)
+    (low,) = bands.low_bands(latents, "fft", J=3, cutoff=0.1)
+    torch.testing.assert_close(low, frequency_decomposition(latents, "fft", cutoff=0.1).low)

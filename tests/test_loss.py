@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from freq_loss_plugin import ConfigError, FreqLossConfig, frequency_matching_loss, reference_loss
 from freq_loss_plugin.latents import PREDICTION_TYPES
+from freq_loss_plugin.loss import band_error_maps
 
 ALPHAS = oracle.stable_diffusion_alphas_cumprod()
 ALPHAS32 = torch.from_numpy(ALPHAS).float()
@@ -296,3 +297,15 @@ def test_errors_name_what_was_received():
         )
     with pytest.raises(TypeError, match="int64"):
         frequency_matching_loss(x.long(), x, prediction_type="sample", timesteps=None, config=config)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 16, 24), (2, 4, 3, 16, 24)], ids=["latents", "video"])
+@pytest.mark.parametrize("method", ["wavelet", "fft"])
+def test_error_maps_average_to_the_losses_of_their_bands(method, shape):
+    prediction, target = torch.randn(shape), torch.randn(shape)
+    config = FreqLossConfig(method=method)
+    loss = frequency_matching_loss(prediction, target, prediction_type="sample", timesteps=None, config=config)
+    maps = band_error_maps((prediction - target).sum(dim=0), config)
+    assert maps.low.shape == maps.high.shape == (16, 24)
+    torch.testing.assert_close(maps.low.mean(), loss.low, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(maps.high.mean(), loss.high, atol=1e-5, rtol=1e-4)

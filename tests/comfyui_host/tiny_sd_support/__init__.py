@@ -10,13 +10,37 @@ import os
 from pathlib import Path
 
 import comfy.ops
+import comfy.patcher_extension
 import comfy.sd
 import comfy.supported_models
 import comfy.supported_models_base
 import torch
 from comfy import sd1_clip
 
-NODE_CLASS_MAPPINGS = {}
+
+class CountCalls:
+    """Writes a letter to a file whenever the diffusion model is called; ``run`` makes each run another one."""
+
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "count"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):  # noqa: N802
+        return {"required": {"model": ("MODEL",), "file": ("STRING", {}), "run": ("INT", {})}}
+
+    def count(self, model, file, run):
+        def call(executor, *arguments, **named):
+            with open(file, "a") as log:
+                log.write("x")
+            return executor(*arguments, **named)
+
+        counted = model.clone()
+        counted.add_wrapper(comfy.patcher_extension.WrappersMP.APPLY_MODEL, call)
+        return (counted,)
+
+
+NODE_CLASS_MAPPINGS = {"TinySD_CountCalls": CountCalls}
 
 _MODEL = Path(os.environ["FREQ_LOSS_TINY_SD"])
 
@@ -54,7 +78,7 @@ class NarrowTextModel(sd1_clip.SD1ClipModel):
 
 
 class NarrowSD15(comfy.supported_models.SD15):
-    unet_config = {
+    unet_config = {  # noqa: RUF012
         **comfy.supported_models.SD15.unet_config,
         "model_channels": UNET["block_out_channels"][0],
         "context_dim": UNET["cross_attention_dim"],
