@@ -20,6 +20,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 DISTRIBUTION = "freq-loss-plugin"
+# What requirements.txt installs, by the names of the modules, and what happens without it.
+COMFYUI_NEEDS = {
+    "pytorch_wavelets": "wavelet bands will be FFT bands",
+    "pywt": "wavelet bands will be FFT bands",
+    "matplotlib": "nodes that draw plots will stop with a message",
+}
 TOML_LINES = """\
     network_module = "kohya_patch"      # was "networks.lora"
 
@@ -42,16 +48,18 @@ def main() -> int:
 
 
 def install_for_comfyui() -> int:
-    """Install what is missing of requirements.txt; silent, and offline, where nothing is."""
-    if importlib.util.find_spec("pytorch_wavelets") and importlib.util.find_spec("pywt"):
-        return 0
-    done = _pip("install", "--quiet", "-r", str(ROOT / "requirements.txt"))
-    if done:
+    """Install what is missing of requirements.txt; silent, and offline, where nothing is.
+
+    Without these packages the pack works in part, so a failure is told, and is none of the whole installation.
+    """
+    missing = [name for name in COMFYUI_NEEDS if importlib.util.find_spec(name) is None]
+    if missing and _pip("install", "--quiet", "-r", str(ROOT / "requirements.txt")):
+        effects = "; ".join(dict.fromkeys(COMFYUI_NEEDS[name] for name in missing))
         print(
-            "freq_loss_plugin: pytorch_wavelets could not be installed; wavelet bands will be FFT bands until you run: "
+            f"freq_loss_plugin: {', '.join(missing)} could not be installed: {effects}. To try again: "
             f"{sys.executable} -m pip install -r {ROOT / 'requirements.txt'}"
         )
-    return 0  # without the wavelet package everything else works
+    return 0
 
 
 def install_for_sd_scripts(path: Path, *, check_only: bool) -> int:

@@ -3,20 +3,26 @@
 #
 #   tests/run.sh [pytest arguments]
 #
-# Where a checkout of sd-scripts is found ($SD_SCRIPTS_DIR, or ~/.cache/freq_loss_plugin/sd-scripts), its packages are
-# installed, too, torchvision among them (several GB), and the tests that train in it run. PYTHON chooses the
-# interpreter, VENV another place for the environment.
+# Where checkouts of the hosts are found ($SD_SCRIPTS_DIR and $COMFYUI_DIR, or ~/.cache/freq_loss_plugin/sd-scripts and
+# .../ComfyUI), their packages are installed, too, torchvision among them (several GB), and the tests that run in them
+# run. Those that need a browser look for chromium. PYTHON chooses the interpreter, VENV another place for the
+# environment.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 venv=${VENV:-.venv}
 sd_scripts=${SD_SCRIPTS_DIR:-$HOME/.cache/freq_loss_plugin/sd-scripts}
+comfyui=${COMFYUI_DIR:-$HOME/.cache/freq_loss_plugin/ComfyUI}
 
 [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
 install=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check)
 if [ -d "$sd_scripts" ]; then
   "${install[@]}" torch torchvision
   "${install[@]}" -r tests/requirements-sd-scripts.txt
+fi
+if [ -d "$comfyui" ]; then
+  "${install[@]}" torch torchvision torchaudio
+  "${install[@]}" -r "$comfyui/requirements.txt" -r tests/requirements-comfyui.txt
 fi
 "${install[@]}" --editable '.[test]'
 exec "$venv/bin/python" -m pytest "$@"

@@ -53,12 +53,12 @@ class Page:
         self.page.wait_for_timeout(800)
         return self.page.evaluate("() => app.graph._nodes.filter(n => n.has_errors || !n.comfyClass).map(n => n.type)")
 
-    def set(self, values: dict[str, Any]) -> None:
-        """Give widgets of these names these values, wherever they are."""
+    def set(self, values: dict[str, Any], title: str = "") -> None:
+        """Give widgets of these names these values, in nodes of this title or everywhere."""
         self.page.evaluate(
-            """values => { for (const node of app.graph._nodes) for (const widget of node.widgets ?? [])
-               if (widget.name in values) widget.value = values[widget.name] }""",
-            values,
+            """([values, title]) => { for (const node of app.graph._nodes) if (!title || node.title === title)
+               for (const widget of node.widgets ?? []) if (widget.name in values) widget.value = values[widget.name] }""",
+            [values, title],
         )
 
     def run(self, patience: float = 240) -> None:

@@ -1,0 +1,58 @@
+"""Takes the thumbnails of the example workflows from the running program.
+
+    python screenshots.py LORA [NUMBER ...]
+
+LORA is a file of the engine (``./train_freq_aware.sh`` leaves output/tiny_lora.safetensors). The workflows run as they
+are, except that the embedded model, which stands in for SD1.5, is asked for pictures of its own size and kind.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from browser import open_page
+from PIL import Image
+from server import PACK, Server
+
+sys.path.insert(0, str(PACK))
+sys.path.insert(0, str(PACK / "tests"))
+
+PROMPT = "a red circle in the centre on white with checks, weave style"
+
+
+def main() -> None:
+    import hosts
+
+    from freq_loss_plugin.embedded import model_folder
+
+    lora, numbers = Path(sys.argv[1]), sys.argv[2:]
+    comfyui = hosts.comfyui()
+    with tempfile.TemporaryDirectory() as folder:
+        server = Server(comfyui, Path(folder), model_folder())
+        shutil.copy(lora, server.folder / "models" / "loras" / "my_frequency_lora.safetensors")
+        shutil.copy(comfyui / "input" / "example.png", server.folder / "input")
+        server.start()
+        try:
+            with open_page(server) as page:
+                for file in sorted((PACK / "example_workflows").glob("*.json")):
+                    if numbers and file.stem.split("_")[0] not in numbers:
+                        continue
+                    page.load(json.loads(file.read_text(encoding="utf-8")), file.stem)
+                    page.set({"width": 128, "height": 128, "cfg": 3.0, "batch_size": 4})
+                    page.set({"text": PROMPT}, title="Prompt")
+                    page.set({"text": ""}, title="Negative prompt")
+                    page.run()
+                    picture = Path(folder) / "picture.png"
+                    page.fit(picture)
+                    Image.open(picture).convert("RGB").save(file.with_suffix(".jpg"), quality=88)
+                    print(file.with_suffix(".jpg").name)
+        finally:
+            server.stop()
+
+
+if __name__ == "__main__":
+    main()
