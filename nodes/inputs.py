@@ -55,7 +55,7 @@ def band_options(*, advanced: bool = False) -> list[io.Input]:
     return [
         widget(io.Combo, "method", options=list(METHODS), default="wavelet", advanced=advanced,
                tooltip="How the bands are made: wavelet transform, or a disc in the Fourier spectrum."),
-        widget(io.Combo, "wavelet", options=_wavelets(), default="db3", advanced=True,
+        widget(io.Combo, "wavelet", options=list(_wavelets()), default="db3", advanced=True,
                tooltip="Method wavelet: which wavelet. Training uses db3 unless told otherwise."),
         widget(io.Int, "levels", default=2, min=1, max=8, advanced=True,
                tooltip="Method wavelet: how often the low band is halved. 2^levels must fit into the smaller side."),
@@ -205,12 +205,13 @@ def _send_text(node: type[io.ComfyNode], text: str) -> None:
         server.send_progress_text(text, node.hidden.unique_id)
 
 
-def _wavelets() -> list[str]:
+@functools.cache  # the list stands in many nodes, and a missing package is told once
+def _wavelets() -> tuple[str, ...]:
     try:
-        return list(discrete_wavelets())
+        return discrete_wavelets()
     except ImportError as error:
         log.warning("freq_loss_plugin: no wavelet bands, fft bands are used (%s): %s", error, INSTALL_HINT)
-        return ["haar", "db2", "db3", "db4", "sym4", "bior2.4"]
+        return ("haar", "db2", "db3", "db4", "sym4", "bior2.4")
 
 
 def _make_format(name: str) -> Any:

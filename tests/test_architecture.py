@@ -13,11 +13,16 @@ import pytest
 import freq_loss_plugin
 
 ROOT = Path(__file__).parent.parent
-ALLOWED = {"freq_loss_plugin": {"freq_loss_plugin"}, "kohya_patch": {"kohya_patch", "freq_loss_plugin"}}
+# The ComfyUI pack is imported under its folder's name: inside it, only relative imports work.
+ALLOWED = {
+    "freq_loss_plugin": {"freq_loss_plugin"},
+    "kohya_patch": {"kohya_patch", "freq_loss_plugin"},
+    "nodes": set(),
+}
 OURS = {"freq_loss_plugin", "kohya_patch", "nodes", "tests"}
-HOSTS = {"library", "networks", "train_network", "comfy"}
+HOSTS = {"library", "networks", "train_network", "comfy", "comfy_api", "folder_paths", "server"}
 # What the engine is built on, and only the engine.
-ENGINES = {"accelerate", "diffusers", "transformers", "peft", "matplotlib"}
+ENGINES = {"accelerate", "diffusers", "transformers", "peft"}
 
 
 def imported(file: Path) -> set[str]:
@@ -40,6 +45,22 @@ def test_imports_point_inward(package):
         if package == "freq_loss_plugin":
             assert not imported(file) & HOSTS, file
             assert "engine" in file.parts or not imported(file) & ENGINES, file
+            assert file.name == "drawing.py" or "matplotlib" not in imported(file), file
+
+
+def test_the_pack_reaches_the_method_and_nothing_else_of_the_project():
+    """Relative imports of nodes/ lead to nodes/ or, one level up, to modules of freq_loss_plugin."""
+    files = [*(ROOT / "nodes").glob("*.py"), ROOT / "__init__.py"]
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level == 2:
+                assert file.parent.name == "nodes"
+                package, module = node.module.split(".")
+                assert package == "freq_loss_plugin"
+                assert (ROOT / package / f"{module}.py").is_file(), (file, node.module)
+            elif isinstance(node, ast.ImportFrom) and node.level:
+                assert node.level == 1
+                assert (file.parent / f"{node.module}.py").is_file() or node.module == "nodes"
 
 
 def test_nothing_imports_the_engine():

@@ -687,5 +687,6 @@ def test_every_workflow_runs(comfyui_server, object_info, file):
     pictures = [file for outputs in shown.values() if "images" in outputs for file in comfyui_server.pictures(outputs)]
     assert pictures
     for picture in pictures:
-        extremes = Image.open(picture).convert("L").getextrema()
-        assert extremes[1] - extremes[0] > 30, picture
+        with Image.open(picture) as opened:
+            darkest, brightest = opened.convert("L").getextrema()
+        assert brightest - darkest > 30, picture

@@ -51,13 +51,13 @@ class Page:
         """Open a workflow; the types of its nodes that are unknown here."""
         self.page.evaluate("([data, name]) => app.loadGraphData(data, true, true, name)", [workflow, name])
         self.page.wait_for_timeout(800)
-        return self.page.evaluate("() => app.graph._nodes.filter(n => n.has_errors || !n.comfyClass).map(n => n.type)")
+        return self.page.evaluate("() => app.graph._nodes.filter(n => n.has_errors).map(n => n.type)")
 
     def set(self, values: dict[str, Any], title: str = "") -> None:
         """Give widgets of these names these values, in nodes of this title or everywhere."""
         self.page.evaluate(
             """([values, title]) => { for (const node of app.graph._nodes) if (!title || node.title === title)
-               for (const widget of node.widgets ?? []) if (widget.name in values) widget.value = values[widget.name] }""",
+               for (const each of node.widgets ?? []) if (each.name in values) each.value = values[each.name] }""",
             [values, title],
         )
 
