@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import comfy.hooks
 import comfy.lora
 import comfy.lora_convert
 import comfy.patcher_extension
@@ -19,6 +18,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..freq_loss_plugin.config import FreqLossConfig
+from ..freq_loss_plugin.lora_branch import Bias, Branch, Dense, LowRank, attached, fits
 from ..freq_loss_plugin.lora_info import LoraFile, LoraFileError, mismatch_reason, read_lora
 from ..freq_loss_plugin.shaping import mix_bands
 from .inputs import band_options, in_node_words, log, shown
@@ -165,14 +165,12 @@ class LoraBandGate(io.ComfyNode):
             applied += "\nequal strengths: applied as by the core loader"
         else:
             adapted = model.clone()
-            patches = _patches(weights, adapted)
-            low = _register(adapted, patches, low_strength)
-            high = low if low_strength == high_strength else _register(adapted, patches, high_strength)
             sampling = adapted.get_model_object("model_sampling")
-            limits = (math.inf if start_percent <= 0 else sampling.percent_to_sigma(start_percent),
-                      -math.inf if end_percent >= 1 else sampling.percent_to_sigma(end_percent))  # fmt: skip
-            gate = BandGate(low, high, *limits, config)
+            start = math.inf if start_percent <= 0 else sampling.percent_to_sigma(start_percent)
+            end = -math.inf if end_percent >= 1 else sampling.percent_to_sigma(end_percent)
+            gate = BandGate(_branches(lora, weights, model), low_strength, high_strength, start, end, config)
             adapted.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.CALC_COND_BATCH, "FreqLoss", gate)
+            adapted.add_callback_with_key(comfy.patcher_extension.CallbacksMP.ON_CLEANUP, "FreqLoss", gate.release)
             calls = "one model call" if low_strength == high_strength else "two model calls"
             applied += f"\n{calls} in each step from {start_percent:.0%} to {end_percent:.0%}"
         text = "\n".join([*(f"WARNING: {warning}" for warning in warnings), applied])
@@ -186,11 +184,12 @@ class BandGate:
 
     where :math:`\hat x_0^s` is the prediction with the LoRA at strength s. Both bands are linear and so is
     classifier-free guidance, so each prediction is gated by itself. Outside the range of steps the model runs without
-    the LoRA. The weights are exchanged by ComfyUI's hooks, which keep both versions as far as memory allows.
+    the LoRA.
 
     Args:
-        low: hooks with the LoRA at the strength of the low band; None for strength 0.
-        high: the same for the high band.
+        branches: the LoRA beside the layers of the model, by their paths.
+        low_strength: s_low.
+        high_strength: s_high.
         start_sigma: the LoRA acts where end_sigma < sigma <= start_sigma.
         end_sigma: see start_sigma.
         config: how the bands are made.
@@ -198,15 +197,15 @@ class BandGate:
 
     def __init__(
         self,
-        low: comfy.hooks.HookGroup | None,
-        high: comfy.hooks.HookGroup | None,
+        branches: dict[str, list[Branch]],
+        low_strength: float,
+        high_strength: float,
         start_sigma: float,
         end_sigma: float,
         config: FreqLossConfig,
     ) -> None:
-        self._low, self._high, self._config = low, high, config
-        self._start, self._end = start_sigma, end_sigma
-        self._combined: dict[Any, comfy.hooks.HookGroup] = {}
+        self._branches, self._low, self._high = branches, low_strength, high_strength
+        self._start, self._end, self._config = start_sigma, end_sigma, config
 
     def __call__(
         self,
@@ -215,35 +214,25 @@ class BandGate:
         conds: list[Any],
         x: Tensor,
         timestep: Tensor,
-        options: Any,
+        options: dict[str, Any],
     ) -> list[Tensor]:
         """Predict once or twice, and mix the bands."""
         if not self._end < float(timestep[0]) <= self._start:
             return predict(model, conds, x, timestep, options)
-        # Otherwise the hooks would be computed anew at each exchange: core counts only those in the prompt.
-        model.current_patcher.set_hook_mode(comfy.hooks.EnumHookMode.MaxSpeed)
-        low = predict(model, self._hooked(conds, self._low), x, timestep, options)
-        if self._low is self._high:
+        layers = {comfy.utils.get_attr(model, path): own for path, own in self._branches.items()}
+        with attached(layers, self._low):
+            low = predict(model, conds, x, timestep, options)
+        if self._low == self._high:
             return low
-        high = predict(model, self._hooked(conds, self._high), x, timestep, options)
+        with attached(layers, self._high):
+            high = predict(model, conds, x, timestep, options)
         return [_mixed(first, second, self._config) for first, second in zip(low, high, strict=True)]
 
-    def _hooked(self, conds: list[Any], hooks: comfy.hooks.HookGroup | None) -> list[Any]:
-        if hooks is None:
-            return conds
-        return [
-            None if cond is None else [{**each, "hooks": self._combine(each.get("hooks"), hooks)} for each in cond]
-            for cond in conds
-        ]
-
-    def _combine(self, present: comfy.hooks.HookGroup | None, ours: comfy.hooks.HookGroup) -> comfy.hooks.HookGroup:
-        """One object for one combination: ComfyUI recognizes weights that it has already made by the object."""
-        if present is None:
-            return ours
-        key = (present, ours)
-        if key not in self._combined:
-            self._combined[key] = present.clone_and_combine(ours)
-        return self._combined[key]
+    def release(self, _: Any) -> None:
+        """After sampling: keep nothing on the device."""
+        for own in self._branches.values():
+            for branch in own:
+                branch.release()
 
 
 def _mixed(low: Tensor, high: Tensor, config: FreqLossConfig) -> Tensor:
@@ -371,17 +360,59 @@ def _family(model: Any) -> str | None:
     return next((_FAMILIES[each.__name__] for each in classes if each.__name__ in _FAMILIES), None)
 
 
-def _patches(weights: dict[str, Tensor], model: Any) -> dict[Any, Any]:
+def _branches(lora: LoraFile, weights: dict[str, Tensor], model: Any) -> dict[str, list[Branch]]:
+    """The LoRA as branches beside the layers of a model, by their paths.
+
+    Raises:
+        LoraFileError: its kind is not a sum that is added to a layer.
+    """
     keys = comfy.lora.model_lora_keys_unet(model.model, {})
-    return comfy.lora.load_lora(comfy.lora_convert.convert_lora(weights), keys, log_missing=False)
+    patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(weights), keys, log_missing=False)
+    found: dict[str, list[Branch]] = {}
+    for target, patch in patches.items():
+        key, offset, function = (target, None, None) if isinstance(target, str) else (*target, None, None)[:3]
+        path, _, kind = key.rpartition(".")
+        layer = comfy.utils.get_attr(model.model, path)
+        branch = _branch(patch, key, kind, offset, function, layer) if fits(layer) else None
+        if branch is None:
+            raise LoraFileError(
+                f"{lora.name} cannot be gated: {path} is adapted in a way that is no addition to a layer "
+                f"({_kind(patch)}); the gate takes LoRA, LoHa and LoKr without DoRA. Load it with a LoRA loader"
+            )
+        found.setdefault(path, []).append(branch)
+    return found
 
 
-def _register(model: Any, patches: dict[Any, Any], strength: float) -> comfy.hooks.HookGroup | None:
-    """Hooks that switch the LoRA on at this strength; None for 0, which needs none."""
-    if strength == 0:
+def _branch(patch: Any, key: str, kind: str, offset: Any, function: Any, layer: Any) -> Branch | None:
+    """One entry of what core has read from a LoRA file as a branch; None where it is none."""
+    shape = getattr(layer, kind).shape
+    if kind == "bias":
+        return Bias(patch[1][0]) if _kind(patch) == "diff" and offset is None and function is None else None
+    if _kind(patch) not in ("lora", "loha", "lokr", "diff") or _has_dora(patch):
         return None
-    hook = comfy.hooks.WeightHook(strength_model=strength)
-    model.add_hook_patches(hook=hook, patches=patches, strength_patch=strength)
-    group = comfy.hooks.HookGroup()
-    group.add(hook)
-    return group
+    if _kind(patch) == "lora" and function is None and (offset is None or offset[0] == 0):
+        up, down, alpha, mid, _, reshape = patch.weights
+        if reshape is not None:
+            return None
+        if mid is None:
+            scale = 1.0 if alpha is None else alpha / down.shape[0]
+            rows = (0, 0) if offset is None else (offset[1], shape[0] - offset[1] - offset[2])
+            return LowRank(up, down, scale, rows)
+
+    def make(device: torch.device) -> Tensor:
+        # Core adds the change to a weight; to nothing, that is the change itself.
+        return comfy.lora.calculate_weight(
+            [(1.0, patch, 1.0, offset, function)], torch.zeros(shape, device=device), key
+        )
+
+    return Dense(make)
+
+
+def _kind(patch: Any) -> str:
+    return getattr(patch, "name", None) or str(patch[0])
+
+
+def _has_dora(patch: Any) -> bool:
+    """LoRA's magnitudes (DoRA) come fifth, those of LoHa and LoKr last."""
+    position = {"lora": 4, "loha": -1, "lokr": -1}.get(_kind(patch))
+    return position is not None and patch.weights[position] is not None

@@ -467,6 +467,68 @@ def test_a_gate_takes_the_low_band_from_one_strength_and_the_high_band_from_the_
             assert (made - by_strength[high]).abs().max() > 0.01
 
 
+def other_kind(kind):
+    """A LoRA of another kind for two layers of the embedded model, one of them a convolution."""
+
+    def values(*shape):
+        return torch.randn(shape, generator=generator) * 0.8
+
+    generator = torch.Generator().manual_seed(9)
+    linear = "lora_unet_up_blocks_3_attentions_2_transformer_blocks_0_attn1_to_out_0"
+    conv = "lora_unet_up_blocks_3_resnets_2_conv2"
+    if kind == "loha":
+        made = {}
+        for name, inputs in ((linear, 32), (conv, 32 * 9)):
+            for part, shape in (("w1_a", (32, 2)), ("w1_b", (2, inputs)), ("w2_a", (32, 2)), ("w2_b", (2, inputs))):
+                made[f"{name}.hada_{part}"] = values(*shape)
+        return made
+    if kind == "lokr":
+        return {f"{linear}.lokr_w1": values(8, 8), f"{linear}.lokr_w2": values(4, 4)}
+    if kind == "tucker":
+        return {
+            f"{conv}.lora_up.weight": values(32, 4, 1, 1),
+            f"{conv}.lora_mid.weight": values(4, 4, 3, 3),
+            f"{conv}.lora_down.weight": values(4, 32, 1, 1),
+            f"{conv}.alpha": torch.tensor(2.0),
+        }
+    if kind == "convolution":
+        return {
+            f"{conv}.lora_up.weight": values(32, 4, 1, 1),
+            f"{conv}.lora_down.weight": values(4, 32, 3, 3),
+            f"{conv}.alpha": torch.tensor(2.0),
+        }
+    if kind == "difference":
+        return {f"{linear}.diff": values(32, 32), f"{conv}.diff_b": values(32)}
+    plain = {f"{linear}.lora_up.weight": values(32, 4), f"{linear}.lora_down.weight": values(4, 32)}
+    return {**plain, f"{linear}.dora_scale": values(32, 1).abs()} if kind == "dora" else plain
+
+
+@pytest.mark.parametrize("kind", ["plain", "convolution", "tucker", "loha", "lokr", "difference"])
+def test_gates_take_other_kinds_of_lora(comfyui_server, sample, kind):
+    name = f"kind_{kind}.safetensors"
+    save_file(other_kind(kind), comfyui_server.folder / "models" / "loras" / name)
+    bare, _ = sample(sampling(["checkpoint", 0], steps=1))
+    whole, _ = sample(sampling(["lora", 0], steps=1, lora=core(1.0, name=name)))
+    gated = gate(1.0, 0.0)
+    gated["inputs"]["lora_name"] = name
+    made, _ = sample(sampling(["gate", 0], steps=1, gate=gated))
+    expected = split_bands(whole, FreqLossConfig()).low + split_bands(bare, FreqLossConfig()).high
+    assert (made - bare).abs().max() > 0.02
+    torch.testing.assert_close(made, expected, atol=3e-4, rtol=1e-3)
+
+
+def test_a_kind_that_is_no_addition_is_refused(comfyui_server):
+    from server import PromptError
+
+    save_file(other_kind("dora"), comfyui_server.folder / "models" / "loras" / "dora.safetensors")
+    gated = gate(1.0, 0.0)
+    gated["inputs"]["lora_name"] = "dora.safetensors"
+    with pytest.raises(
+        PromptError, match=r"dora\.safetensors cannot be gated: .*attn1\.to_out\.0 .*without DoRA\. Load it with"
+    ):
+        comfyui_server.run(sampling(["gate", 0], gate=gated))
+
+
 def test_equal_strengths_are_cores_loader_with_one_call(sample):
     expected, _ = sample(sampling(["lora", 0], lora=core(0.8)))
     made, shown = sample(sampling(["gate", 0], gate=gate(0.8, 0.8)))
