@@ -164,7 +164,7 @@ def _measure(
         power = power + spectrum.power.cpu() / len(pictures)
         deviations = picture - picture.mean(dim=(-2, -1), keepdim=True)
         bands = split_bands(deviations, config)
-        energies += torch.stack([band.square().mean().double().cpu() for band in bands]) / len(pictures)
+        energies += torch.stack([band.square().mean().cpu().double() for band in bands]) / len(pictures)
     low, high = energies.tolist()
     return RadialSpectrum(spectrum.frequency.cpu(), power), (low, high)
 

@@ -86,7 +86,6 @@ class BandMerge(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """See `freq_loss_plugin.shaping.merge_bands`."""
-        gain = {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.01}
         return schema(
             node_id="FreqLoss_BandMerge",
             display_name="Merge Frequency Bands",
@@ -95,8 +94,8 @@ class BandMerge(io.ComfyNode):
             inputs=[
                 io.Latent.Input("low", tooltip="The low band. Its mask, if it has one, goes on to the output."),
                 io.Latent.Input("high", tooltip="The high band, of the same shape as the low one."),
-                widget(io.Float, "low_gain", tooltip="Factor of the low band; 1 leaves it.", **gain),
-                widget(io.Float, "high_gain", tooltip="Factor of the high band; above 1 sharpens.", **gain),
+                _gain("low_gain", "Factor of the low band; 1 leaves it."),
+                _gain("high_gain", "Factor of the high band; above 1 sharpens."),
             ],
             outputs=[io.Latent.Output("samples", display_name="samples", tooltip="The merged latent.")],
         )
@@ -111,7 +110,7 @@ class BandMerge(io.ComfyNode):
             first, second = (each.expand(batch, *each.shape[1:]) for each in (first, second))
         second = second.to(first)
         merged = merge_bands(first, second, low_gain, high_gain)
-        return io.NodeOutput(with_samples(low if "noise_mask" in low else {**high, **low}, merged))
+        return io.NodeOutput(with_samples({**high, **low}, merged))
 
 
 class BandOperation(io.ComfyNode):
@@ -120,7 +119,6 @@ class BandOperation(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """See `freq_loss_plugin.shaping.scale_bands`."""
-        gain = {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.01}
         return schema(
             node_id="FreqLoss_BandOperation",
             display_name="Frequency Band Operation",
@@ -128,8 +126,8 @@ class BandOperation(io.ComfyNode):
             "LatentApplyOperation (a latent) and LatentApplyOperationCFG (the guidance, in every sampling step).",
             search_aliases=["latent operation", "sharpen", "detail", "wavelet"],
             inputs=[
-                widget(io.Float, "low_gain", tooltip="Factor of the low band; 1 leaves it.", **gain),
-                widget(io.Float, "high_gain", tooltip="Factor of the high band; above 1 gives more detail.", **gain),
+                _gain("low_gain", "Factor of the low band; 1 leaves it."),
+                _gain("high_gain", "Factor of the high band; above 1 gives more detail."),
                 *band_options(),
             ],
             outputs=[
@@ -152,3 +150,7 @@ class BandOperation(io.ComfyNode):
             return scale_bands(latent, low_gain, high_gain, config)
 
         return io.NodeOutput(operation)
+
+
+def _gain(name: str, tooltip: str) -> io.Input:
+    return widget(io.Float, name, default=1.0, min=-10.0, max=10.0, step=0.01, tooltip=tooltip)

@@ -126,6 +126,7 @@ def samples_of(latent: dict[str, Any], name: str) -> Tensor:
     samples = latent.get("samples") if isinstance(latent, dict) else None
     if not isinstance(samples, Tensor):
         raise ValueError(f"{name} holds {type(samples).__name__}: expected a LATENT of pictures or video")
+    _check_not_empty(samples, name)
     try:
         check_latent(samples, name)
     except TypeError as error:
@@ -147,8 +148,14 @@ def pictures_of(image: Tensor, name: str) -> Tensor:
     if not isinstance(image, Tensor) or image.ndim != 4:
         got = f"shape {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
         raise ValueError(f"{name} has {got}: expected an IMAGE of shape (B, H, W, C)")
+    _check_not_empty(image, name)
     pictures = image.movedim(-1, 1)[:, :3]
     return pictures if pictures.shape[1] == 3 else pictures[:, :1].expand(-1, 3, -1, -1)
+
+
+def _check_not_empty(tensor: Tensor, name: str) -> None:
+    if tensor.numel() == 0:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)} and is empty: expected at least one picture")
 
 
 def rgb(samples: Tensor, chosen: Any | None) -> Tensor:

@@ -51,7 +51,20 @@ class Fit(NamedTuple):
     """A layer has their name and another size."""
 
 
-class LoraLoader(io.ComfyNode):
+class ReadsLora(io.ComfyNode):
+    """A node whose result depends on a file."""
+
+    @classmethod
+    def fingerprint_inputs(cls, lora_name: str, **_: Any) -> str:
+        """A file that was trained again under the same name is read again."""
+        path = folder_paths.get_full_path(_FOLDER, lora_name)
+        if path is None:
+            return "missing"
+        state = Path(path).stat()
+        return f"{state.st_mtime_ns}:{state.st_size}"
+
+
+class LoraLoader(ReadsLora):
     """Core's LoRA loader, with the file's own account of itself and of how well it fits."""
 
     @classmethod
@@ -83,11 +96,6 @@ class LoraLoader(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def fingerprint_inputs(cls, lora_name: str, **_: Any) -> str:
-        """A file that was trained again under the same name is read again."""
-        return _fingerprint(lora_name)
-
-    @classmethod
     @in_node_words
     def execute(
         cls, model: Any, lora_name: str, strength_model: float, strength_clip: float, clip: Any = None
@@ -102,7 +110,7 @@ class LoraLoader(io.ComfyNode):
         return shown(cls, adapted, adapted_clip, info, text=info)
 
 
-class LoraBandGate(io.ComfyNode):
+class LoraBandGate(ReadsLora):
     """A LoRA whose effect reaches each band with a strength of its own."""
 
     @classmethod
@@ -132,11 +140,6 @@ class LoraBandGate(io.ComfyNode):
             outputs=[io.Model.Output("model_out", display_name="model", tooltip="The model with the gated LoRA.")],
             hidden=[io.Hidden.unique_id],
         )  # fmt: skip
-
-    @classmethod
-    def fingerprint_inputs(cls, lora_name: str, **_: Any) -> str:
-        """A file that was trained again under the same name is read again."""
-        return _fingerprint(lora_name)
 
     @classmethod
     @in_node_words
@@ -252,14 +255,6 @@ def _path(lora_name: str) -> str:
             f"{lora_name} is not in models/loras, or no .safetensors file; copy it there and refresh (R)"
         )
     return path
-
-
-def _fingerprint(lora_name: str) -> str:
-    path = folder_paths.get_full_path(_FOLDER, lora_name)
-    if path is None:
-        return "missing"
-    state = Path(path).stat()
-    return f"{state.st_mtime_ns}:{state.st_size}"
 
 
 def _load(lora_name: str) -> tuple[LoraFile, dict[str, Tensor]]:

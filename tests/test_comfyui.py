@@ -303,6 +303,16 @@ BAD = {
         {"samples": {"samples": torch.zeros(1, 4, 8, 8, dtype=torch.int64)}, **BANDS},
         "ValueError: samples has dtype torch.int64: expected a floating point tensor",
     ),
+    "nothing": (
+        "FreqLoss_BandPreview",
+        {"source": torch.zeros(0, 8, 8, 3), "latent_format": "auto", "frame": 0, "panel_size": 64, **BANDS},
+        "ValueError: source has shape (0, 8, 8, 3) and is empty: expected at least one picture",
+    ),
+    "a mask": (
+        "FreqLoss_BandPreview",
+        {"source": torch.zeros(1, 8, 8), "latent_format": "auto", "frame": 0, "panel_size": 64, **BANDS},
+        "ValueError: source has shape (1, 8, 8): expected an IMAGE of shape (B, H, W, C)",
+    ),
     "another format": (
         "FreqLoss_BandSplit",
         {"samples": latent(1, 4, 8, 8), **BANDS, "latent_format": "FLUX"},
@@ -617,6 +627,24 @@ def test_the_range_must_not_be_empty(comfyui_server):
 
     with pytest.raises(PromptError, match=r"start_percent = 0\.5 and end_percent = 0\.5: the LoRA would never act"):
         comfyui_server.run(sampling(["gate", 0], gate=gate(1.0, 0.0, 0.5, 0.5)))
+
+
+def test_long_work_can_be_cancelled(comfyui_server):
+    import time
+
+    from server import PromptError
+
+    picture, many = node("LoadImage", image="example.png"), node("RepeatImageBatch", image=["picture", 0], amount=200)
+    compared = node("FreqLoss_SpectrumCompare", a=["many", 0], b=["many", 0], **BANDS)
+    prompt_id = comfyui_server.queue({"picture": picture, "many": many, "compared": compared})
+    while not comfyui_server.get("/queue")["queue_running"]:
+        time.sleep(0.05)
+    time.sleep(2)
+    comfyui_server.post("/interrupt", {})
+    began = time.monotonic()
+    with pytest.raises(PromptError, match="interrupted"):
+        comfyui_server.wait(prompt_id)
+    assert time.monotonic() - began < 20
 
 
 # -- files that are no LoRA for this model -----------------------------------------------------------------------------

@@ -233,39 +233,44 @@ def test_without_its_packages_the_pack_works_in_part_and_says_what_is_missing(tm
     assert "pip install pytorch_wavelets PyWavelets" in said[0]
 
 
+def in_comfyui(folder, code):
+    """The lines that code prints in a Python that has imported ComfyUI and can ``load_the_pack``."""
+    pack = linked(folder) / "custom_nodes" / "freq_loss_plugin"
+    start = f"""
+import asyncio, sys
+sys.path.insert(0, {str(hosts.comfyui())!r})
+sys.argv = ["x", "--cpu", "--base-directory", {str(folder)!r}]
+import comfy.options
+comfy.options.enable_args_parsing()
+import nodes, comfy.samplers
+def load_the_pack(): return asyncio.run(nodes.load_custom_node({str(pack)!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", start + code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
 @pytest.mark.host
 def test_importing_the_pack_brings_in_nothing_heavy_and_changes_nothing(tmp_path):
     code = f"""
-import asyncio, os, sys
-sys.path.insert(0, {str(hosts.comfyui())!r})
-sys.argv = ["x", "--cpu", "--base-directory", {str(linked(tmp_path))!r}]
-import comfy.options
-comfy.options.enable_args_parsing()
-import nodes, comfy.samplers, socket
+import os, socket
 before, files = set(sys.modules), sorted(os.listdir({str(tmp_path)!r}))
 def refuse(*_): raise AssertionError("the network")
 socket.socket.connect = refuse
-assert asyncio.run(nodes.load_custom_node({str(tmp_path / "custom_nodes" / "freq_loss_plugin")!r}))
+assert load_the_pack()
 assert sorted(os.listdir({str(tmp_path)!r})) == files
 print(sorted({{name.split(".")[0] for name in set(sys.modules) - before}}))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    imported = set(json.loads(done.stdout.splitlines()[-1].replace("'", '"')))
+    imported = set(json.loads(in_comfyui(tmp_path, code)[-1].replace("'", '"')))
     assert not imported & {"matplotlib", "diffusers", "peft", "accelerate", "transformers", "kohya_patch", "toml"}
 
 
 @pytest.mark.host
 def test_keywords_of_newer_cores_are_passed_on_where_known_and_others_are_mistakes(tmp_path):
-    code = f"""
-import asyncio, dataclasses, sys
-sys.path.insert(0, {str(hosts.comfyui())!r})
-sys.argv = ["x", "--cpu", "--base-directory", {str(linked(tmp_path))!r}]
-import comfy.options
-comfy.options.enable_args_parsing()
-import nodes
+    code = """
+import dataclasses
 from comfy_api.latest import io
-known = "search_aliases" in {{field.name for field in dataclasses.fields(io.Schema)}}
+known = "search_aliases" in {field.name for field in dataclasses.fields(io.Schema)}
 @dataclasses.dataclass
 class Newer(io.Schema):
     search_aliases: list = None
@@ -275,8 +280,7 @@ class Float(io.Float.Input):
         super().__init__(*arguments, **named)
         self.advanced = advanced
 io.Float.Input = Float
-folder = {str(tmp_path / "custom_nodes" / "freq_loss_plugin")!r}
-assert asyncio.run(nodes.load_custom_node(folder))
+assert load_the_pack()
 node = nodes.NODE_CLASS_MAPPINGS["FreqLoss_BandSplit"]
 schema = node.define_schema()
 print(known, schema.search_aliases, [each.advanced for each in schema.inputs if each.id == "cutoff"])
@@ -286,9 +290,7 @@ try:
 except TypeError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    passed, mistake = done.stdout.splitlines()[-2:]
+    passed, mistake = in_comfyui(tmp_path, code)[-2:]
     assert passed.split(" ", 1)[1] == "['wavelet', 'fft', 'low pass', 'high pass', 'frequency separation'] [True]"
     assert "catgory" in mistake
 

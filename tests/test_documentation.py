@@ -89,8 +89,32 @@ def test_examples_use_no_key_that_their_trainer_does_not_know(example, monkeypat
         assert section.keys() <= known | FreqLossConfig.fields_by_key().keys()
 
 
+def blocks(text):
+    """The code blocks of a document, fenced or indented, without the words beside names in the picture of the tree."""
+    found = re.findall(r"(?ms)^```\w*\n(.*?)^```|((?:^    .*\n|^\n(?=    ))+)", text)
+    return [re.sub(r"(?m)^(\s*[\w./,-]+(?: [\w/.-]+)?)  +.*$", r"\1", "".join(each)).strip("\n") for each in found]
+
+
+def test_the_chinese_readme_keeps_step():
+    """Headings by their levels, code, tables, pictures, links and figures; what it says about them is prose."""
+    chinese = (ROOT / "README.zh.md").read_text(encoding="utf-8")
+    english = README
+    assert [len(each) for each in re.findall(r"^(#+) ", chinese, re.M)] == [
+        len(each) for each in re.findall(r"^(#+) ", english, re.M)
+    ]
+    assert blocks(chinese) == blocks(english)
+    rows = [[line.count("|") for line in text.splitlines() if line.startswith("|")] for text in (chinese, english)]
+    assert rows[0] == rows[1]
+    targets = [sorted(re.findall(r"\]\(([^)]+)\)", text)) for text in (chinese, english)]
+    assert [each.replace("README.md", "README.zh.md") for each in targets[0]] == targets[1]
+    options = [re.findall(r"^\| (`\w+`) \| (`[^`]*`) \|", text, re.M) for text in (chinese, english)]
+    assert options[0] == options[1]
+    figures = [sorted(re.findall(r"\d+(?:\.\d+)?", text)) for text in (chinese, english)]
+    assert figures[0] == figures[1]
+
+
 def test_links_between_the_documents_lead_somewhere():
-    for document in ("README.md", "ARCHITECTURE.md"):
+    for document in ("README.md", "README.zh.md", "ARCHITECTURE.md"):
         text = (ROOT / document).read_text(encoding="utf-8")
         for target in re.findall(r"\]\(([^)#:]+)\)", text):
             assert (ROOT / target).exists(), (document, target)

@@ -1,4 +1,4 @@
-"""The embedded model as one checkpoint file of the layout that SD1.5 was published in, for ComfyUI's loader.
+"""The embedded model as one checkpoint of the layout that SD1.5 was published in, for ComfyUI's loader.
 
 python checkpoint.py COMFYUI MODEL FILE
 """
@@ -9,21 +9,26 @@ import json
 import sys
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 CLIP_VOCABULARY = 49408
 
 
-def main() -> None:
-    comfyui, model, file = map(Path, sys.argv[1:])
+def import_comfyui(comfyui: Path) -> None:
+    """Make ComfyUI's modules importable, for the CPU."""
     sys.path.insert(0, str(comfyui))
-    sys.argv = ["checkpoint.py", "--cpu"]
+    sys.argv = [sys.argv[0], "--cpu"]
     import comfy.options
 
     comfy.options.enable_args_parsing()
+
+
+def checkpoint(model: Path) -> dict[str, torch.Tensor]:
+    """The weights by SD1.5's own names; `import_comfyui` comes first. MODEL is a folder in diffusers layout."""
     import comfy.utils
     from comfy import diffusers_convert
-    from safetensors.torch import load_file, save_file
 
     config = json.loads((model / "unet" / "config.json").read_text())
     widths = config["block_out_channels"]
@@ -48,8 +53,14 @@ def main() -> None:
         **{f"cond_stage_model.transformer.{name}": weight for name, weight in text.items()},
         **{f"first_stage_model.{name}": weight for name, weight in vae.items()},
     }
+    return {name: weight.float().contiguous() for name, weight in weights.items()}
+
+
+def main() -> None:
+    comfyui, model, file = map(Path, sys.argv[1:])
+    import_comfyui(comfyui)
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: weight.float().contiguous() for name, weight in weights.items()}, file)
+    save_file(checkpoint(model), file)
 
 
 if __name__ == "__main__":

@@ -120,7 +120,10 @@ class Server:
         Raises:
             PromptError: it was refused, or a node failed.
         """
-        prompt_id = self.queue(prompt)
+        return self.wait(self.queue(prompt), patience)
+
+    def wait(self, prompt_id: str, patience: float = 300) -> dict[str, Any]:
+        """Wait for a queued prompt; as `run`."""
         end = time.monotonic() + patience
         while time.monotonic() < end:
             history = self.get(f"/history/{prompt_id}")
