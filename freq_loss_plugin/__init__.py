@@ -1,8 +1,9 @@
 """A frequency-aware distribution-matching loss for training diffusion LoRAs.
 
 Plain torch: this package knows neither sd-scripts nor ComfyUI. Read it in this order: `bands`, `latents`, `loss`,
-`config` (on `options`); then what a trainer needs around them, `step` and `report`. `spectra` measures; `embedded` is a
-small model and pictures to try it on; `engine` is a small trainer, and the only part that needs more than torch.
+`config` (on `options`); then what a trainer needs around them, `step` and `report`, and what ComfyUI's nodes do,
+`shaping`, `spectra`, `drawing`, `lora_info` and `lora_branch`. `embedded` is a small model and pictures to try it on;
+`engine` is a small trainer, and the only part that needs much more than torch.
 """
 
 from .bands import Bands, frequency_decomposition

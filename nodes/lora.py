@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..freq_loss_plugin.config import FreqLossConfig
 from ..freq_loss_plugin.lora_branch import Bias, Branch, Dense, LowRank, attached, fits
-from ..freq_loss_plugin.lora_info import LoraFile, LoraFileError, mismatch_reason, read_lora
+from ..freq_loss_plugin.lora_info import LoraFile, LoraFileError, mismatch_reason, module_of, read_lora
 from ..freq_loss_plugin.shaping import mix_bands
 from .inputs import band_options, in_node_words, log, shown
 from .schema import schema, widget
@@ -102,7 +102,7 @@ class LoraLoader(ReadsLora):
     ) -> io.NodeOutput:
         """Read the header, check the fit, then let core apply it."""
         lora, weights = _load(lora_name)
-        warnings, applied = _judge(lora, weights, model, clip)
+        warnings, applied, weights = _judge(lora, weights, model, clip)
         info = "\n".join([*(f"WARNING: {warning}" for warning in warnings), applied, lora.describe()])
         for warning in warnings:
             log.warning("freq_loss_plugin: %s: %s", lora_name, warning)
@@ -161,7 +161,7 @@ class LoraBandGate(ReadsLora):
             )
         config = FreqLossConfig(**options)
         lora, weights = _load(lora_name)
-        warnings, applied = _judge(lora, weights, model, None)
+        warnings, applied, weights = _judge(lora, weights, model, None)
         whole = start_percent <= 0 and end_percent >= 1
         if low_strength == high_strength and whole:
             adapted, _ = comfy.sd.load_lora_for_models(model, None, weights, low_strength, 0.0)
@@ -210,6 +210,7 @@ class BandGate:
         self._branches, self._low, self._high = branches, low_strength, high_strength
         self._start, self._end, self._config = start_sigma, end_sigma, config
 
+    @in_node_words
     def __call__(
         self,
         predict: Callable[..., list[Tensor]],
@@ -222,6 +223,7 @@ class BandGate:
         """Predict once or twice, and mix the bands."""
         if not self._end < float(timestep[0]) <= self._start:
             return predict(model, conds, x, timestep, options)
+        self._config.check_size(*x.shape[-2:])
         layers = {comfy.utils.get_attr(model, path): own for path, own in self._branches.items()}
         with attached(layers, self._low):
             low = predict(model, conds, x, timestep, options)
@@ -229,18 +231,13 @@ class BandGate:
             return low
         with attached(layers, self._high):
             high = predict(model, conds, x, timestep, options)
-        return [_mixed(first, second, self._config) for first, second in zip(low, high, strict=True)]
+        return [mix_bands(first, second, self._config) for first, second in zip(low, high, strict=True)]
 
     def release(self, _: Any) -> None:
         """After sampling: keep nothing on the device."""
         for own in self._branches.values():
             for branch in own:
                 branch.release()
-
-
-def _mixed(low: Tensor, high: Tensor, config: FreqLossConfig) -> Tensor:
-    config.check_size(*low.shape[-2:])
-    return mix_bands(low, high, config)
 
 
 def _file_input() -> io.Input:
@@ -279,8 +276,10 @@ def _finite(weight: Tensor) -> bool:
     return bool(torch.isfinite(weight.float()).all())
 
 
-def _judge(lora: LoraFile, weights: dict[str, Tensor], model: Any, clip: Any) -> tuple[list[str], str]:
-    """Warnings, and how many modules are applied.
+def _judge(
+    lora: LoraFile, weights: dict[str, Tensor], model: Any, clip: Any
+) -> tuple[list[str], str, dict[str, Tensor]]:
+    """Warnings, how many modules are applied, and the weights without those that have no place by their size.
 
     Raises:
         LoraFileError: not a single module fits.
@@ -318,7 +317,7 @@ def _judge(lora: LoraFile, weights: dict[str, Tensor], model: Any, clip: Any) ->
     applied = f"applied: {len(fit.matched)} of {expected} modules"
     if skipped:
         applied += f"; {len(skipped)} of the text encoder are left out, there is no clip here"
-    return warnings, applied
+    return warnings, applied, {key: weight for key, weight in weights.items() if module_of(key) not in fit.misshapen}
 
 
 def _fit(weights: dict[str, Tensor], keys: dict[str, Any], state: dict[str, Tensor]) -> Fit:

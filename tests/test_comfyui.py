@@ -740,6 +740,35 @@ def test_a_lora_that_fits_in_part_is_applied_with_a_warning(comfyui_server, trai
     assert "only 201 of 204 modules fit" in comfyui_server.log.read_text()
 
 
+def test_modules_of_another_size_are_left_out_by_both_nodes(comfyui_server, sample):
+    lora, wrong = other_kind("plain"), "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    folder = comfyui_server.folder / "models" / "loras"
+    save_file(lora, folder / "right.safetensors")
+    lora |= {f"{wrong}.lora_up.weight": torch.randn(640, 4), f"{wrong}.lora_down.weight": torch.randn(4, 640)}
+    save_file(lora, folder / "mixed.safetensors")
+    bare, _ = sample(sampling(["checkpoint", 0], steps=1))
+    whole, _ = sample(sampling(["lora", 0], steps=1, lora=core(1.0, name="right.safetensors")))
+    loaded, shown = sample(sampling(["lora", 0], steps=1, lora=loader(1.0, name="mixed.safetensors")))
+    assert torch.equal(loaded, whole)
+    words = "WARNING: only 1 of 2 modules fit; likely reason: the layers have other sizes here"
+    assert shown["lora"]["text"][0].startswith(words)
+    gated = gate(1.0, 0.0)
+    gated["inputs"]["lora_name"] = "mixed.safetensors"
+    made, shown = sample(sampling(["gate", 0], steps=1, gate=gated))
+    expected = split_bands(whole, FreqLossConfig()).low + split_bands(bare, FreqLossConfig()).high
+    torch.testing.assert_close(made, expected, atol=3e-4, rtol=1e-3)
+    assert shown["gate"]["text"][0].startswith(words)
+
+
+def test_a_gate_tells_in_its_own_words_where_latents_are_too_small(comfyui_server):
+    from server import PromptError
+
+    with pytest.raises(
+        PromptError, match=r"KSampler: levels = 5: needs latents of at least 32 × 32, and these are 16 × 16"
+    ):
+        comfyui_server.run(sampling(["gate", 0], gate=gate(1.0, 0.0, levels=5)))
+
+
 def test_a_file_trained_again_under_its_name_is_read_again(comfyui_server, trained, sample):
     file = comfyui_server.folder / "models" / "loras" / "again.safetensors"
     weights = load_file(trained.lora)
