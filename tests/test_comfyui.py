@@ -629,6 +629,38 @@ def test_the_range_must_not_be_empty(comfyui_server):
         comfyui_server.run(sampling(["gate", 0], gate=gate(1.0, 0.0, 0.5, 0.5)))
 
 
+def test_a_sheet_of_latents_decodes_them_where_there_is_a_vae(comfyui_server):
+    """The panel of the original is the decoded latent; without a VAE it is made of its 16 × 16 colours."""
+    import numpy as np
+    from PIL import Image
+
+    preview = {"source": ["sampler", 0], "latent_format": "auto", "frame": 0, "panel_size": 128, **BANDS}
+    prompt = sampling(
+        ["checkpoint", 0],
+        decoded=node("VAEDecode", samples=["sampler", 0], vae=["checkpoint", 2]),
+        picture=node("PreviewImage", images=["decoded", 0]),
+        with_vae=node("FreqLoss_BandPreview", vae=["checkpoint", 2], **preview),
+        without=node("FreqLoss_BandPreview", **preview),
+    )
+    shown = comfyui_server.run(prompt)
+
+    def pixels(name):
+        with Image.open(comfyui_server.pictures(shown[name])[0]) as opened:
+            return np.asarray(opened.convert("RGB"), dtype=float)
+
+    picture, sheet, plain = (pixels(name) for name in ("picture", "with_vae", "without"))
+    assert len(shown["with_vae"]["images"]) == len(shown["picture"]["images"]) == 2
+
+    def nearest(whole):
+        """How near the picture comes to any place of the sheet, as a mean difference of 0..255."""
+        high, wide = whole.shape[0] - 128, whole.shape[1] - 128
+        corners = ((y, x) for y in range(0, min(high, 60)) for x in range(0, min(wide, 90)))
+        return min(abs(whole[y : y + 128, x : x + 128] - picture).mean() for y, x in corners)
+
+    assert nearest(sheet) < 1
+    assert nearest(plain) > 5
+
+
 def test_long_work_can_be_cancelled(comfyui_server):
     import time
 
