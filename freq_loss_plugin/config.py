@@ -25,11 +25,6 @@ Reduction = Literal["sum", "mean"]
 SECTION = "freq_loss"
 PREFIX = "freq_loss_"
 
-# Keys of the method that this version does not have yet. Accepting them silently would be a lie.
-_NOT_YET = {
-    "guidance_token": "training with CLIP image tokens is not part of this version",
-}
-
 # How alike a foreign key must be to one of ours before it counts as a slip of the finger.
 _TYPO_CUTOFF = 0.84
 
@@ -56,7 +51,7 @@ class FreqLossConfig:
     """
 
     dist_match: float = _option(
-        0.003, "weight of the whole frequency term in the loss; 0 turns everything off", key="dist_match"
+        0.003, "weight of the whole frequency term in the loss; 0 turns it off", key="dist_match"
     )
     method: Method = _option("wavelet", "how the bands are made", choices=METHODS)
     wavelet: str = _option("db3", "any discrete wavelet of PyWavelets; used by method wavelet")
@@ -77,20 +72,31 @@ class FreqLossConfig:
     reduction: Reduction = _option(
         "sum", "sum over the batch (the formula), or mean (does not grow with the batch)", choices=get_args(Reduction)
     )
+    guidance_token: float = _option(
+        0.0, "above 0 or true: the CLIP features of each picture replace the last text token", key="guidance_token"
+    )
     network_module: str | None = _option(None, "the network module to train; the trainer's own LoRA where left out")
     min_snr_gamma: float = _option(
         5.0, "gamma of sample_weights min_snr; this is the trainer's own option", key="min_snr_gamma"
     )
 
     def __post_init__(self) -> None:
+        # As it is written in the first description, the number means no more than "on"; true says so.
+        if isinstance(self.guidance_token, bool):
+            object.__setattr__(self, "guidance_token", float(self.guidance_token))
         check_options(self)
         self._check_ranges()
         self._check_wavelet()
 
     @property
     def enabled(self) -> bool:
-        """False where ``dist_match`` is 0: nothing is added and nothing is changed."""
+        """False where ``dist_match`` is 0: nothing is added to the loss."""
         return self.dist_match > 0
+
+    @property
+    def guided(self) -> bool:
+        """Whether the features of each picture replace the last text token."""
+        return self.guidance_token > 0
 
     @property
     def resolved_method(self) -> Method:
@@ -106,7 +112,7 @@ class FreqLossConfig:
     def claims(cls, key: str) -> bool:
         """Whether ``key`` is, or by its looks was meant to be, an option of this loss and not one of the trainer."""
         own = _own_keys()
-        return key in own or key in _NOT_YET or key.startswith(PREFIX) or nearest(key, own, _TYPO_CUTOFF) is not None
+        return key in own or key.startswith(PREFIX) or nearest(key, own, _TYPO_CUTOFF) is not None
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any] | argparse.Namespace) -> FreqLossConfig:
@@ -214,7 +220,7 @@ class FreqLossConfig:
             )
 
     def _check_ranges(self) -> None:
-        for name in ("dist_match", "low_weight", "high_weight"):
+        for name in ("dist_match", "low_weight", "high_weight", "guidance_token"):
             if not (0 <= getattr(self, name) < math.inf):
                 raise wrong_value(self, name, "a finite number >= 0")
         if self.levels < 1:
@@ -258,7 +264,7 @@ def _flatten(values: Mapping[str, Any]) -> dict[str, Any]:
 def check_section(section: Mapping[str, Any]) -> None:
     """Raise ConfigError for the first key of a ``[freq_loss]`` section that is not an option."""
     for key in section:
-        if key not in FreqLossConfig.fields_by_key() and key not in _NOT_YET:
+        if key not in FreqLossConfig.fields_by_key():
             raise _unknown_key(key, f"in [{SECTION}]")
 
 
@@ -273,10 +279,8 @@ def parse_strings(values: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _check_foreign_keys(flat: Mapping[str, Any]) -> None:
-    for key, value in flat.items():
-        if key in _NOT_YET and value:
-            raise ConfigError(f"{key} = {value!r}: {_NOT_YET[key]}; remove the line, or set it to 0")
-        if key not in FreqLossConfig.fields_by_key() and key not in _NOT_YET and FreqLossConfig.claims(key):
+    for key in flat:
+        if key not in FreqLossConfig.fields_by_key() and FreqLossConfig.claims(key):
             raise _unknown_key(key)
 
 

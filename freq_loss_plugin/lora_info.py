@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-GUIDANCE_TOKEN_KEY = "ss_freq_loss_guidance_token"
+from . import guidance
 
 # safetensors itself refuses longer headers.
 _LONGEST_HEADER = 100_000_000
@@ -97,7 +97,7 @@ class LoraFile:
     @property
     def has_guidance_token(self) -> bool:
         """Whether it was trained to read an image's CLIP features in place of the last text token."""
-        return self.metadata.get(GUIDANCE_TOKEN_KEY, "").strip().lower() not in ("", "0", "0.0", "false", "none")
+        return self.metadata.get(guidance.KEY, "").strip().lower() not in ("", "0", "0.0", "false", "none")
 
     def trained_words(self, most: int = 8) -> list[tuple[str, int]]:
         """The tags of the training captions and how often they were seen, most frequent first."""
@@ -116,7 +116,7 @@ class LoraFile:
         rows = [
             ("base model", self._told_base_model()),
             ("frequency loss", self._frequency_loss()),
-            *([("guidance token", f"yes ({self.metadata[GUIDANCE_TOKEN_KEY]})")] if self.has_guidance_token else []),
+            *([("guidance token", f"yes, {self._guidance_clip()}")] if self.has_guidance_token else []),
             ("network", _joined(self.metadata.get("ss_network_module"), self._rank(), self._alpha(), parts)),
             ("training", self._training()),
             ("trained words", ", ".join(f"{_shortened(word)} ({count})" for word, count in self.trained_words())),
@@ -164,12 +164,17 @@ class LoraFile:
             ),
         )
 
+    def _guidance_clip(self) -> str:
+        clip = self.metadata.get(guidance.CLIP_KEY)
+        return f"features by {clip}" if clip else "by a CLIP that the file does not tell"
+
     def _frequency_loss(self) -> str:
         if not self.has_frequency_loss:
             return "no: trained without it"
         own = {key.removeprefix("ss_freq_loss_"): value for key, value in self.metadata.items() if "freq_loss_" in key}
         first = [key for key in ("dist_match", "resolved_method", "low_weight", "high_weight") if key in own]
-        rest = [key for key in sorted(own) if key not in (*first, "guidance_token", "network_module", "method")]
+        told = ("guidance_token", "guidance_clip", "guidance_mean", "network_module", "method")
+        rest = [key for key in sorted(own) if key not in (*first, *told)]
         return ", ".join(f"{key} {own[key]}" for key in (*first, *rest) if own[key] != "None")
 
 

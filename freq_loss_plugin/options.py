@@ -54,7 +54,7 @@ def parse(option: Any, value: str) -> Any:
     Raises:
         ConfigError: a string that is no value of that type.
     """
-    convert: Any = {"float": float, "int": int, "bool": _parse_bool}.get(_type(option), str)
+    convert: Any = {"float": _parse_float, "int": int, "bool": _parse_bool}.get(_type(option), str)
     try:
         return convert(value)
     except (ValueError, KeyError):
@@ -73,6 +73,11 @@ def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
 def nearest(word: str, candidates: list[str], cutoff: float = 0.5) -> str | None:
     """The candidate that ``word`` was probably meant to be."""
     return next(iter(difflib.get_close_matches(word, candidates, n=1, cutoff=cutoff)), None)
+
+
+def _parse_float(value: str) -> float | bool:
+    """A number; for options that are as good as a switch also true and false, which `check_options` judges."""
+    return _parse_bool(value) if value.lower() in ("true", "false") else float(value)
 
 
 def _parse_bool(value: str) -> bool:

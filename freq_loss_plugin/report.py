@@ -6,6 +6,7 @@ from dataclasses import fields
 from typing import NamedTuple
 
 from .config import FreqLossConfig
+from .guidance import Features
 from .latents import NUM_TRAIN_TIMESTEPS
 from .version import __version__
 from .wavelet_library import INSTALL_HINT
@@ -15,7 +16,9 @@ SHARE_STEPS = 50
 SMALL_SHARE, LARGE_SHARE = 0.01, 0.5
 
 
-def describe(config: FreqLossConfig, model: str, network_module: str, *, graphs: int = 2) -> list[str]:
+def describe(
+    config: FreqLossConfig, model: str, network_module: str, *, graphs: int = 2, features: Features | None = None
+) -> list[str]:
     """The lines of the block at the start: which options are in force and what they cost.
 
     Args:
@@ -23,18 +26,22 @@ def describe(config: FreqLossConfig, model: str, network_module: str, *, graphs:
         model: what is trained, for people: ``SDXL (prediction type epsilon)``.
         network_module: the module that made the network.
         graphs: how many autograd graphs are alive at a time where there is an extra pass.
+        features: those of the guidance token, where it is on.
     """
-    if not config.enabled:
+    token = _describe_token(config, features)
+    if not config.enabled and not token:
         return [
             f"freq_loss {__version__}: off (dist_match = 0); {network_module} trains exactly as without the plug-in"
         ]
+    if not config.enabled:
+        return [f"freq_loss {__version__}: the loss is off (dist_match = 0) for {model}", *token]
     keys = {name: key for key, name in FreqLossConfig.fields_by_key().items()}
     shown = {keys[option.name]: getattr(config, option.name) for option in fields(config)}
     shown["freq_loss_network_module"] = network_module
     lines = [f"freq_loss {__version__}: on for {model}"]
     lines += [f"  {key} = {value}{_remark(key, config)}" for key, value in shown.items() if _matters(key, config)]
     lines.append(f"  cost: {_cost(config, graphs)}")
-    return lines
+    return [*lines, *token]
 
 
 def warnings(
@@ -89,12 +96,22 @@ def _remark(key: str, config: FreqLossConfig) -> str:
     return ""
 
 
+def _describe_token(config: FreqLossConfig, features: Features | None) -> list[str]:
+    if features is None:
+        return []
+    return [
+        f"  guidance_token = {config.guidance_token:g}: on; the last text token of each picture is its CLIP features, "
+        f"those of {len(features.by_picture)} pictures by {features.clip}, {features.width} wide; it costs nothing"
+    ]
+
+
 def _matters(key: str, config: FreqLossConfig) -> bool:
     """Whether an option has a say under the others."""
     needs_method = {"freq_loss_wavelet": "wavelet", "freq_loss_levels": "wavelet", "freq_loss_cutoff": "fft"}
     if key in needs_method:
         return config.resolved_method == needs_method[key]
-    return key != "min_snr_gamma" or config.sample_weights == "min_snr"
+    # The guidance token has a line of its own.
+    return key != "guidance_token" and (key != "min_snr_gamma" or config.sample_weights == "min_snr")
 
 
 def _cost(config: FreqLossConfig, graphs: int) -> str:

@@ -25,12 +25,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from freq_loss_plugin import FreqLossConfig, FrequencyLoss, frequency_matching_loss
+from freq_loss_plugin import FreqLossConfig, FrequencyLoss, frequency_matching_loss, guidance
 from freq_loss_plugin.latents import PredictionType
 from freq_loss_plugin.report import ShareReport
 from freq_loss_plugin.step import TermMonitor, separate_random_stream, stream_name, unified_timestep
 
 from . import report
+from .guidance import TokenGuidance
 from .trainers import Training, UnsupportedTrainerError, at_one_timestep, first_step
 
 # sd-scripts casts its timesteps to the training dtype; bfloat16 has steps of 4 in 512..1000.
@@ -53,13 +54,17 @@ class LossHook:
         training: the running training; its trainer must have passed `trainers.check_trainer`.
         config: the options. With ``dist_match = 0`` only the metadata are touched.
         network_module: name of the module that made the network, for ``ss_network_module``.
+        tokens: the guidance token, where it is on.
     """
 
-    def __init__(self, training: Training, config: FreqLossConfig, network_module: str) -> None:
+    def __init__(
+        self, training: Training, config: FreqLossConfig, network_module: str, tokens: TokenGuidance | None = None
+    ) -> None:
         self._trainer = training.trainer
         self._args = training.args
         self._family = training.family
         self._config = config
+        self._tokens = tokens
         self._network_module = network_module
         self._prediction_type: PredictionType = training.family.prediction_type(training.args)
         self._originals: dict[str, Any] = {}
@@ -87,6 +92,11 @@ class LossHook:
                 "get_noise_pred_and_target": self._get_noise_pred_and_target,
                 "all_reduce_network": self._all_reduce_network,
                 "generate_step_logs": self._generate_step_logs,
+            }
+        if self._tokens is not None:
+            replacements |= {
+                "get_noise_pred_and_target": self._get_noise_pred_and_target,
+                "sample_images": self._sample_images,
             }
         for name, replacement in replacements.items():
             self._originals[name] = getattr(self._trainer, name)
@@ -124,11 +134,23 @@ class LossHook:
         return base_loss + term.total.to(base_loss.dtype)
 
     def _get_noise_pred_and_target(self, *arguments: Any, **named: Any) -> Any:
-        results = self._originals["get_noise_pred_and_target"](*arguments, **named)
+        original = self._originals["get_noise_pred_and_target"]
+        call = self._signatures["get_noise_pred_and_target"].bind(*arguments, **named)
+        if self._tokens is None:
+            results = original(*arguments, **named)
+        else:
+            given = call.arguments
+            given["text_encoder_conds"] = self._tokens.put_in(given["batch"], given["text_encoder_conds"])
+            results = original(*call.args, **call.kwargs)
         if self._keep_pass:
-            call = self._signatures["get_noise_pred_and_target"].bind(*arguments, **named)
             self._base_pass = _Pass(call, *results[:3])
         return results
+
+    def _sample_images(self, *arguments: Any, **named: Any) -> Any:
+        assert self._tokens is not None
+        call = self._bind("sample_images", *arguments, **named)
+        with self._tokens.while_sampling(call["accelerator"].unwrap_model(call["unet"])):
+            return self._originals["sample_images"](*arguments, **named)
 
     def _all_reduce_network(self, *arguments: Any, **named: Any) -> Any:
         self._settle()
@@ -148,8 +170,10 @@ class LossHook:
             return result
         metadata = call["metadata"]
         metadata["ss_network_module"] = self._network_module
-        if self._config.enabled:
+        if self._config.enabled or self._tokens is not None:
             metadata.update(self._config.file_metadata(self._network_module))
+        if self._tokens is not None:
+            metadata.update(guidance.file_metadata(self._config.guidance_token, self._tokens.features))
         return result
 
     # The term

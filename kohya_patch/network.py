@@ -15,9 +15,9 @@ import toml
 from freq_loss_plugin import ConfigError, FreqLossConfig
 from freq_loss_plugin.config import SECTION, check_section, parse_strings
 
-from . import report
+from . import guidance, report
 from .hook import LossHook
-from .trainers import Family, Training, UnsupportedTrainerError, check_trainer, find_training
+from .trainers import NEEDED_FOR_GUIDANCE, Family, Training, UnsupportedTrainerError, check_trainer, find_training
 
 OWN_NAME = "kohya_patch"
 
@@ -34,7 +34,7 @@ def create_network(*arguments: Any, **network_args: Any) -> Any:
     config = check(training)
     module = _wrapped_module(config, training.family)
     network = module.create_network(*arguments, **_for_the_wrapped_module(network_args))
-    return _attach(network, training, config, module)
+    return _attach(network, training, config, module, arguments)
 
 
 def create_network_from_weights(*arguments: Any, **network_args: Any) -> Any:
@@ -46,7 +46,8 @@ def create_network_from_weights(*arguments: Any, **network_args: Any) -> Any:
     network, weights = module.create_network_from_weights(*arguments, **_for_the_wrapped_module(network_args))
     # With for_inference the weights are merged into the model (base_weights) or used for pictures; nothing is trained.
     if training is not None and not network_args.get("for_inference", False):
-        network = _attach(network, training, config, module)
+        # weights_sd or a file comes after the multiplier here; the text encoder is one place earlier.
+        network = _attach(network, training, config, module, (None, *arguments))
     return network, weights
 
 
@@ -70,6 +71,9 @@ def check(training: Training) -> FreqLossConfig:
     check_trainer(training.trainer)
     if config.enabled:
         _check_against_trainer(config, args, family)
+    if config.guided:
+        guidance.check(config, args, family)
+        check_trainer(training.trainer, NEEDED_FOR_GUIDANCE)
     return config
 
 
@@ -166,9 +170,17 @@ def _smallest_side(resolution: Any) -> int | None:
         return None  # sd-scripts will complain in its own words
 
 
-def _attach(network: Any, training: Training, config: FreqLossConfig, module: ModuleType) -> Any:
+def _attach(
+    network: Any, training: Training, config: FreqLossConfig, module: ModuleType, arguments: tuple[Any, ...]
+) -> Any:
     if network is None:
         return None  # sd-scripts stops here by itself
-    LossHook(training, config, module.__name__).install()
-    report.announce(training, config, module.__name__)
+    tokens = guidance.TokenGuidance(training, _text_width(arguments)) if config.guided else None
+    LossHook(training, config, module.__name__, tokens).install()
+    report.announce(training, config, module.__name__, tokens.features if tokens else None)
     return network
+
+
+def _text_width(arguments: tuple[Any, ...]) -> int | None:
+    """Width of the text encoder, the fifth argument of sd-scripts' ``create_network``."""
+    return getattr(getattr(arguments[4], "config", None), "hidden_size", None) if len(arguments) > 4 else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from freq_loss_plugin import FreqLossConfig
+from freq_loss_plugin.guidance import Features
 from freq_loss_plugin.report import Remark, describe, warnings
 
 from .trainers import Training
@@ -12,14 +13,14 @@ from .trainers import Training
 logger = logging.getLogger("kohya_patch")
 
 
-def announce(training: Training, config: FreqLossConfig, network_module: str) -> None:
+def announce(training: Training, config: FreqLossConfig, network_module: str, features: Features | None = None) -> None:
     """Say once what is on, what it costs, and which settings do little."""
     if not _is_main_process():
         return
     args, family = training.args, training.family
     model = f"{family.name} (prediction type {family.prediction_type(args)})"
     # Not through logging: sd-scripts' handler would fold the block into a narrow column.
-    print("\n".join(["", *describe(config, model, network_module), ""]), flush=True)
+    print("\n".join(["", *describe(config, model, network_module, features=features), ""]), flush=True)
     window = (getattr(args, "min_timestep", None), getattr(args, "max_timestep", None))
     for warning in warnings(config, _smallest_batch(training), *window):
         logger.warning("freq_loss: %s", warning)

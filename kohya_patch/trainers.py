@@ -36,12 +36,14 @@ class Family:
         prediction: ``"scheduler"``: epsilon or v_prediction over a DDPM schedule; ``"flow"``: velocity; ``"sample"``:
             the trainer itself turns the prediction into a clean latent.
         timestep_scale: what multiplies the timesteps it returns to reach 0..1000.
+        guidance: whether the guidance token is defined for it: one CLIP text encoder, whose last token is replaced.
     """
 
     name: str
     network_module: str
     prediction: Literal["scheduler", "flow", "sample"]
     timestep_scale: float = 1.0
+    guidance: bool = False
 
     def prediction_type(self, args: argparse.Namespace) -> PredictionType:
         """What ``get_noise_pred_and_target`` of this trainer returns."""
@@ -52,7 +54,7 @@ class Family:
 
 # Keyed by class name, because SD1/2 is trained by a class of `__main__`.
 FAMILIES: dict[str, Family] = {
-    "NetworkTrainer": Family("SD1.x / SD2.x", "networks.lora", "scheduler"),
+    "NetworkTrainer": Family("SD1.x / SD2.x", "networks.lora", "scheduler", guidance=True),
     "SdxlNetworkTrainer": Family("SDXL", "networks.lora", "scheduler"),
     "Sd3NetworkTrainer": Family("SD3", "networks.lora_sd3", "sample"),
     "FluxNetworkTrainer": Family("FLUX / Chroma", "networks.lora_flux", "flow"),
@@ -70,15 +72,21 @@ NEEDED: dict[str, tuple[str, ...]] = {
     "generate_step_logs": (),
     "update_metadata": ("metadata", "args"),
 }
+# What the guidance token needs beyond that.
+NEEDED_FOR_GUIDANCE: dict[str, tuple[str, ...]] = {
+    "get_noise_pred_and_target": ("batch", "text_encoder_conds"),
+    "sample_images": ("accelerator", "unet"),
+}
 
 
 @dataclass(frozen=True)
 class Training:
-    """A training that is under way: the trainer and the arguments it was started with."""
+    """A training that is under way: the trainer, the arguments it was started with, and its data sets."""
 
     trainer: Any
     args: argparse.Namespace
     batch_sizes: tuple[int, ...] = ()
+    datasets: tuple[Any, ...] = ()
 
     @property
     def family(self) -> Family:
@@ -97,19 +105,20 @@ def find_training() -> Training | None:
             continue
         trainer, args = frame.f_locals.get("self"), frame.f_locals.get("args")
         if isinstance(args, argparse.Namespace) and _is_network_trainer(trainer):
-            datasets = getattr(frame.f_locals.get("train_dataset_group"), "datasets", [])
-            sizes = tuple(dataset.batch_size for dataset in datasets if hasattr(dataset, "batch_size"))
-            return Training(trainer, args, sizes)
+            groups = [frame.f_locals.get(name) for name in ("train_dataset_group", "val_dataset_group")]
+            trained, validated = (getattr(group, "datasets", []) for group in groups)
+            sizes = tuple(dataset.batch_size for dataset in trained if hasattr(dataset, "batch_size"))
+            return Training(trainer, args, sizes, (*trained, *validated))
     return None
 
 
-def check_trainer(trainer: Any) -> None:
-    """Raise unless ``trainer`` has every method in `NEEDED`, with the parameters named there.
+def check_trainer(trainer: Any, needed: dict[str, tuple[str, ...]] = NEEDED) -> None:
+    """Raise unless ``trainer`` has every method in ``needed``, with the parameters named there.
 
     Raises:
         UnsupportedTrainerError: says which method or parameter is missing.
     """
-    for name, parameters in NEEDED.items():
+    for name, parameters in needed.items():
         method = getattr(trainer, name, None)
         if method is None:
             raise _unsupported(trainer, f"the method {name}", "none of that name")

@@ -1,7 +1,7 @@
-"""The ComfyUI adapter: eight nodes, each a thin layer over a function of `freq_loss_plugin`.
+"""The ComfyUI adapter: nine nodes, each a thin layer over a function of `freq_loss_plugin`.
 
 Read it in this order: `schema` (what a core may not know), `inputs` (what several nodes share), then the nodes:
-`bands`, `analysis`, `lora`.
+`bands`, `analysis`, `lora`, `guidance`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .analysis import BandLoss, BandPreview, SpectrumCompare
 from .bands import BandMerge, BandOperation, BandSplit
+from .guidance import GuidanceToken
 from .lora import LoraBandGate, LoraLoader
 
 # The ids are written into everyone's workflows and never change.
@@ -22,6 +23,7 @@ NODES: list[type[io.ComfyNode]] = [
     LoraLoader,
     BandOperation,
     LoraBandGate,
+    GuidanceToken,
 ]
 
 

@@ -240,9 +240,22 @@ class BandGate:
                 branch.release()
 
 
+def lora_files() -> list[str]:
+    """The names of all .safetensors files in models/loras."""
+    return [name for name in folder_paths.get_filename_list(_FOLDER) if name.lower().endswith(_ENDINGS)]
+
+
+def header_of(lora_name: str) -> LoraFile:
+    """What the file of this name says of itself.
+
+    Raises:
+        LoraFileError: see `freq_loss_plugin.lora_info.read_lora`.
+    """
+    return read_lora(_path(lora_name))
+
+
 def _file_input() -> io.Input:
-    files = [name for name in folder_paths.get_filename_list(_FOLDER) if name.lower().endswith(_ENDINGS)]
-    return widget(io.Combo, "lora_name", options=files, tooltip="A .safetensors file in models/loras.")
+    return widget(io.Combo, "lora_name", options=lora_files(), tooltip="A .safetensors file in models/loras.")
 
 
 def _path(lora_name: str) -> str:
@@ -311,8 +324,8 @@ def _judge(
         )
     if lora.has_guidance_token:
         warnings.append(
-            "trained with a guidance token: it expects an image's CLIP features in place of the last text token, and "
-            "without them it is weaker than in training"
+            "trained with a guidance token: it expects an image's CLIP features in place of the last text token; put "
+            "the node Guidance Token behind the positive prompt"
         )
     applied = f"applied: {len(fit.matched)} of {expected} modules"
     if skipped:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +16,32 @@ sys.path.insert(0, str(Path(__file__).parent))
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def material(tmp_path_factory):
+    """A small model, a tokenizer and six photos, for real trainings in sd-scripts."""
+    import hosts
+
+    hosts.sd_scripts()
+    folder = tmp_path_factory.mktemp("material")
+    subprocess.run(
+        [sys.executable, str(Path(__file__).parent / "sd_scripts_host" / "material.py"), str(folder), "--size", "64"],
+        check=True,
+        capture_output=True,
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sd_scripts(material):
+    """A checkout of sd-scripts and what it trains on."""
+    import hosts
+
+    sys.path.insert(0, str(Path(__file__).parent / "sd_scripts_host"))
+    from runs import SdScripts
+
+    return SdScripts(hosts.sd_scripts(), material)
 
 
 @pytest.fixture(scope="session")

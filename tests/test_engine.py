@@ -104,6 +104,7 @@ def assert_same(ours, theirs):
         ({"xformers": True}, ["xformers: not supported", "accelerate launch train_network.py"]),
         ({"network_dim": "8"}, ["network_dim = '8' (str)", "a whole number", "remove the quotes"]),
         ({"network_dim": 0}, ["network_dim = 0", ">= 1"]),
+        ({"guidance_token": 8.0}, ["guidance_token = 8", "train with sd-scripts", "set guidance_token = 0"]),
         ({"optimizer_type": "AdamW8bit"}, ["'AdamW8bit'", "'AdamW'"]),
         ({"mixed_precision": "bf"}, ["'bf'", "did you mean 'bf16'?"]),
         ({"cache_latents": False}, ["cache_latents = False", "one of True"]),

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from freq_loss_plugin import FreqLossConfig
-from freq_loss_plugin.lora_info import GUIDANCE_TOKEN_KEY, LoraFileError, mismatch_reason, module_of, read_lora
+from freq_loss_plugin import FreqLossConfig, guidance
+from freq_loss_plugin.lora_info import LoraFileError, mismatch_reason, module_of, read_lora
 
 ATTENTION = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
 TEXT = "lora_te_text_model_encoder_layers_0_mlp_fc1"
@@ -123,7 +123,7 @@ def test_the_module_of_a_tensor(key, module):
     ("value", "on"), [("8.0", True), ("True", True), ("0", False), ("0.0", False), ("False", False), (None, False)]
 )
 def test_the_guidance_token_is_told_only_where_it_is_on(written, value, on):
-    lora = read_lora(written(metadata={GUIDANCE_TOKEN_KEY: value} if value else None))
+    lora = read_lora(written(metadata={guidance.KEY: value} if value else None))
     assert lora.has_guidance_token == on
     assert ("guidance token: yes" in lora.describe()) == on
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
-from pathlib import Path
 
 import hosts
 import numpy as np
@@ -12,33 +10,12 @@ import oracle
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent / "sd_scripts_host"))
-
 pytestmark = pytest.mark.host
 
 # How far into the line sd-scripts' log reaches before it folds.
 LOADS_THE_MODEL = "load Diffusers pretrained"
 
 ALPHAS = oracle.stable_diffusion_alphas_cumprod()
-
-
-@pytest.fixture(scope="session")
-def material(tmp_path_factory):
-    hosts.sd_scripts()
-    folder = tmp_path_factory.mktemp("material")
-    subprocess.run(
-        [sys.executable, str(Path(__file__).parent / "sd_scripts_host" / "material.py"), str(folder), "--size", "64"],
-        check=True,
-        capture_output=True,
-    )
-    return folder
-
-
-@pytest.fixture(scope="session")
-def sd_scripts(material):
-    from runs import SdScripts
-
-    return SdScripts(hosts.sd_scripts(), material)
 
 
 @pytest.fixture(scope="session")

@@ -296,7 +296,13 @@ def test_no_option_of_sd_scripts_looks_like_one_of_ours(stand_ins, name):
         ("sd15", {"resolution": "16,64", "freq_loss_levels": 2}, ["freq_loss_levels = 2", "2 × 2"]),
         ("sd15", {"network_args": ["freq_loss_metod=fft"]}, ["freq_loss_metod", "Did you mean freq_loss_method?"]),
         ("sd15", {"network_args": ["dist_match=none"]}, ["dist_match = 'none'", "a number"]),
-        ("sd15", {"guidance_token": 8.0}, ["guidance_token", "not part of this version"]),
+        (
+            "sd15",
+            {"guidance_token": 8.0, "train_data_dir": "/nowhere"},
+            ["train_data_dir = '/nowhere'", "no such folder"],
+        ),
+        ("sdxl", {"guidance_token": 8.0}, ["guidance_token = 8", "this trainer is SDXL", "set guidance_token = 0"]),
+        ("flux", {"guidance_token": 8.0}, ["guidance_token = 8", "this trainer is FLUX", "set guidance_token = 0"]),
     ],
 )
 def test_combinations_that_cannot_work_are_refused(stand_ins, name, settings, words):

@@ -165,6 +165,11 @@ def read(values: Mapping[str, Any]) -> tuple[Settings, FreqLossConfig]:
     flat = flatten(values)
     given = parse_strings(_network_args(flat.pop("network_args", None)))
     loss = FreqLossConfig.from_mapping({**values, **given})
+    if loss.guided:
+        raise ConfigError(
+            f"guidance_token = {loss.guidance_token:g}: this small engine does not have it yet; train with sd-scripts "
+            'and network_module = "kohya_patch", or set guidance_token = 0'
+        )
     known = {key_of(each): each.name for each in fields(Settings)}
     for key in flat:
         if key not in known and key not in FreqLossConfig.fields_by_key():

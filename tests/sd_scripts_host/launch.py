@@ -4,14 +4,15 @@
 
 The UNet's widths and groups are constants of ``library/original_unet.py``; they are set to those of a diffusers UNet's
 config, or to the small ones of `material`, before the script runs with runpy, as ``__main__``. With ``--record``, every
-call of ``get_noise_pred_and_target`` and every loss that ``process_batch`` returns is saved to FILE (and FILE.1,
-FILE.2, ... in further processes), for the tests to compute with.
+call of ``get_noise_pred_and_target``, every loss that ``process_batch`` returns, and the text that the UNet is given
+while it samples, is saved to FILE (and FILE.1, FILE.2, ... in further processes), for the tests to compute with.
 """
 
 from __future__ import annotations
 
 import atexit
 import functools
+import inspect
 import json
 import os
 import runpy
@@ -72,7 +73,7 @@ def _leave_frozen_models_unwrapped() -> None:
 def _record_passes(record: str) -> None:
     """Wrap the class methods when the trainer starts, below anything that the plug-in puts on the object."""
     import torch
-    from library import train_util
+    from library import original_unet, train_util
 
     events: list[dict] = []
     verify = train_util.verify_training_args
@@ -86,10 +87,15 @@ def _record_passes(record: str) -> None:
 
         @functools.wraps(get_pass)
         def get_noise_pred_and_target(self, *positional, **named):
+            call = inspect.signature(get_pass).bind(self, *positional, **named)
+            call.apply_defaults()
+            given = call.arguments
             results = get_pass(self, *positional, **named)
             event = dict(zip(("prediction", "target", "timesteps"), results[:3], strict=True))
+            event["states"] = given["text_encoder_conds"][0]
             event = {key: tensor.detach().clone() for key, tensor in event.items()}
-            is_train = bool(named.get("is_train", True))
+            event["captions"] = list(given["batch"]["captions"])
+            is_train = bool(given["is_train"])
             events.append({"kind": "pass", "extra": not inside_process_batch, "is_train": is_train, **event})
             return results
 
@@ -104,6 +110,16 @@ def _record_passes(record: str) -> None:
             events.append({"kind": "base_loss", "is_train": is_train, "loss": loss.detach().clone(), **kept})
             return loss
 
+        unet_forward = original_unet.UNet2DConditionModel.forward
+
+        @functools.wraps(unet_forward)
+        def forward(self, *positional, **named):
+            if not inside_process_batch and not torch.is_grad_enabled():
+                given = inspect.signature(unet_forward).bind(self, *positional, **named).arguments
+                events.append({"kind": "sample", "states": given["encoder_hidden_states"].detach().clone()})
+            return unet_forward(self, *positional, **named)
+
+        original_unet.UNet2DConditionModel.forward = forward
         trainer_class.get_noise_pred_and_target = get_noise_pred_and_target
         trainer_class.process_batch = process_batch
         return verify(args)

@@ -56,7 +56,7 @@ class Run:
     def batches(self, rank: int = 0) -> list[dict[str, Any]]:
         """The training batches: each with its base pass, its base loss and, where there was one, its extra pass."""
         found: list[dict[str, Any]] = []
-        events = [event for event in self.events(rank) if event["is_train"]]
+        events = [event for event in self.events(rank) if event.get("is_train")]
         for event in events:
             if event["kind"] == "base_loss":
                 found[-1] |= {key: value for key, value in event.items() if key != "kind"}

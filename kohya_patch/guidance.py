@@ -1,0 +1,148 @@
+"""The guidance token in sd-scripts: which picture is where in a batch, and its features in the last text token.
+
+sd-scripts' batches do not say which pictures they hold. Its data set objects do, while they make one, so they are given
+a subclass of their own class that adds the paths. The batch is otherwise untouched, random numbers included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from freq_loss_plugin import ConfigError, FreqLossConfig
+from freq_loss_plugin import guidance as features_of
+from freq_loss_plugin.guidance import Features, replace_last_token
+from freq_loss_plugin.picture_folders import SOURCES, pictures
+
+from .trainers import Family, Training
+
+# The entry of a batch that names its pictures.
+PICTURES = "freq_loss_pictures"
+
+
+def check(config: FreqLossConfig, args: argparse.Namespace, family: Family) -> None:
+    """Raise ConfigError where the token cannot be used with this trainer, or pictures have no features yet.
+
+    Looks at names alone, so that it can run before anything is loaded.
+    """
+    if not family.guidance:
+        raise ConfigError(
+            f"guidance_token = {config.guidance_token:g}: replaces the last token of one CLIP text encoder, which is "
+            f"how SD1.x and SD2.x read text; this trainer is {family.name}, and the method does not say what its "
+            "several or other text encoders should be given; set guidance_token = 0"
+        )
+    if getattr(args, "dataset_class", None):
+        return  # its pictures are known to its own code alone; `TokenGuidance` asks the data set
+    found = pictures(**{source: getattr(args, source, None) for source in SOURCES})
+    without = features_of.missing(found)
+    if without:
+        features_of.load(dict.fromkeys(without, 1.0), command(args))
+
+
+def command(args: argparse.Namespace) -> str:
+    """What makes the features of this training's pictures."""
+    given = [(source, getattr(args, source, None)) for source in SOURCES]
+    options = " ".join(f"--{source} {shlex.quote(str(value))}" for source, value in given if value)
+    return f"{shlex.quote(sys.executable)} -m freq_loss_plugin extract-features {options}"
+
+
+class TokenGuidance:
+    """The features of one training, and how they reach its text tokens.
+
+    Args:
+        training: the running training; its data sets are told to name their pictures.
+        text_width: width of the text encoder's hidden states; None where it is not known.
+
+    Raises:
+        FeatureError: features are missing, old, or of another width than the text encoder.
+    """
+
+    def __init__(self, training: Training, text_width: int | None) -> None:
+        shown: dict[Path, float] = {}
+        for dataset in training.datasets:
+            for info in dataset.image_data.values():
+                times = 0 if info.is_reg else info.num_repeats
+                shown[Path(info.absolute_path)] = shown.get(Path(info.absolute_path), 0) + times
+        self.features: Features = features_of.load(shown, command(training.args))
+        self._by_name = {str(path): values for path, values in self.features.by_picture.items()}
+        if text_width is not None and text_width != self.features.width:
+            raise features_of.FeatureError(
+                f"guidance_token: the features (CLIP {self.features.clip}) are {self.features.width} wide, and the "
+                f"text encoder of this model {text_width}. SD1.x needs a CLIP with a projection of 768 (ViT-L/14), "
+                "SD2.x one of 1024 (OpenCLIP ViT-H/14); make them with --clip:\n\n"
+                f"    {command(training.args)} --clip ...\n"
+            )
+        for dataset in training.datasets:
+            dataset.__class__ = naming_pictures(type(dataset))
+
+    def put_in(self, batch: Any, conds: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The text conditions of a batch with each picture's features in their last token; new tensors."""
+        states = conds[0]
+        if states is None:
+            return list(conds)
+        features = torch.stack([self._by_name[name] for name in batch[PICTURES]])
+        return [replace_last_token(states, features.to(states.device, non_blocking=True)), *conds[1:]]
+
+    @contextlib.contextmanager
+    def while_sampling(self, unet: torch.nn.Module) -> Iterator[None]:
+        """Give samples the mean of the training pictures, in the half of the batch that has the prompt."""
+
+        def replace(_: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
+            states = named["encoder_hidden_states"] if "encoder_hidden_states" in named else arguments[2]
+            without, with_prompt = states.tensor_split((states.shape[0] // 2,))
+            guided = replace_last_token(with_prompt, self.features.mean[None].to(states.device))
+            states = torch.cat([without, guided])
+            if "encoder_hidden_states" in named:
+                return arguments, {**named, "encoder_hidden_states": states}
+            return (*arguments[:2], states, *arguments[3:]), named
+
+        handle = unet.register_forward_pre_hook(replace, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+_naming_classes: dict[type, type] = {}
+
+
+def naming_pictures(cls: Any) -> type:
+    """The data set class ``cls`` with batches that say which pictures they hold; one for each, made once.
+
+    A subclass with one base: an object can change to it, since it is laid out alike.
+    """
+    if cls in _naming_classes.values():
+        return cls
+
+    def get_item(dataset: Any, index: int) -> Any:
+        example = cls.__getitem__(dataset, index)
+        if dataset.caching_mode is not None:
+            return example
+        place = dataset.buckets_indices[index]
+        first = place.batch_index * place.bucket_batch_size
+        keys = dataset.bucket_manager.buckets[place.bucket_index][first : first + place.bucket_batch_size]
+        example[PICTURES] = [str(Path(dataset.image_data[key].absolute_path)) for key in keys]
+        return example
+
+    def reduce(dataset: Any) -> Any:
+        """Data sets are sent to loader processes by pickle where these are not forked."""
+        return _rebuild, (cls, dataset.__dict__)
+
+    if cls not in _naming_classes:
+        contents = {"__getitem__": get_item, "__reduce__": reduce, "__module__": cls.__module__}
+        _naming_classes[cls] = type(cls.__name__, (cls,), contents)
+    return _naming_classes[cls]
+
+
+def _rebuild(cls: type, state: dict[str, Any]) -> Any:
+    made: Any = object.__new__(naming_pictures(cls))
+    made.__dict__.update(state)
+    return made

@@ -1,0 +1,131 @@
+"""``extract-features`` with a real, small CLIP: what it writes is what transformers' own CLIP computes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from freq_loss_plugin import guidance
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """A CLIP of random weights with a projection of 64, as a folder."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+
+    torch.manual_seed(0)
+    layers = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = CLIPConfig(
+        vision_config={**layers, "image_size": 32, "patch_size": 8}, text_config=layers, projection_dim=64
+    )
+    folder = tmp_path_factory.mktemp("clip")
+    CLIPModel(config).save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path):
+    generator = np.random.default_rng(0)
+    for name, size, mode in (
+        ("2_a/1.png", (40, 50), "RGB"),
+        ("2_a/2.png", (64, 30), "RGBA"),
+        ("1_b/3.jpg", (33, 33), "L"),
+    ):
+        file = tmp_path / "train" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        channels = {"RGB": 3, "RGBA": 4, "L": 1}[mode]
+        values = generator.integers(0, 256, (size[1], size[0], channels), dtype=np.uint8)
+        Image.fromarray(values.squeeze(), mode).save(file)
+    return tmp_path / "train"
+
+
+def extract(*arguments):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "freq_loss_plugin", "extract-features", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def pictures_of(data):
+    return sorted(path for path in data.rglob("*") if path.suffix in (".png", ".jpg"))
+
+
+def test_features_are_those_of_clips_get_image_features(clip, data):
+    from transformers import CLIPImageProcessor, CLIPModel
+
+    done = extract("--train_data_dir", data, "--clip", clip, "--batch_size", 2)
+    assert done.returncode == 0, done.stderr
+    assert "3 pictures, 0 of them up to date" in done.stdout
+    model, processor = CLIPModel.from_pretrained(clip).eval(), CLIPImageProcessor.from_pretrained(clip)
+    loaded = guidance.load(dict.fromkeys(pictures_of(data), 1.0), "x")
+    assert loaded.clip.startswith(f"{clip.name}@")
+    for picture, features in loaded.by_picture.items():
+        with Image.open(picture) as opened, torch.no_grad():
+            pixels = processor(images=opened.convert("RGB"), return_tensors="pt").pixel_values
+            expected = model.get_image_features(pixel_values=pixels)
+        expected = getattr(expected, "pooler_output", expected)[0]
+        torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-4)
+        assert features.norm() != pytest.approx(1, abs=1e-3)
+
+
+def test_it_goes_on_where_it_stopped_and_makes_anew_what_changed(clip, data):
+    assert extract("--train_data_dir", data, "--clip", clip).returncode == 0
+    files = [guidance.feature_file(picture) for picture in pictures_of(data)]
+    times = [file.stat().st_mtime_ns for file in files]
+    done = extract("--train_data_dir", data, "--clip", clip)
+    assert "3 pictures, 3 of them up to date" in done.stdout
+    assert [file.stat().st_mtime_ns for file in files] == times
+    first, second, third = pictures_of(data)
+    Image.new("RGB", (20, 20), "red").save(first)
+    guidance.feature_file(second).unlink()
+    before = guidance.feature_file(third).read_bytes()
+    done = extract("--train_data_dir", data, "--clip", clip)
+    assert "3 pictures, 1 of them up to date" in done.stdout
+    assert guidance.feature_file(third).read_bytes() == before
+    guidance.load(dict.fromkeys(pictures_of(data), 1.0), "x")
+    assert not list(data.rglob("*.part*"))
+
+
+def test_a_kohya_toml_names_the_pictures(clip, data, tmp_path):
+    (tmp_path / "my.toml").write_text(f'[data]\ntrain_data_dir = "{data.as_posix()}"\n[training]\nseed = 1\n')
+    assert "3 pictures" in extract("--config_file", tmp_path / "my.toml", "--clip", clip).stdout
+
+
+def test_broken_pictures_are_named_and_the_others_made(clip, data):
+    (data / "2_a" / "broken.png").write_bytes(b"no picture")
+    whole = (data / "2_a" / "1.png").read_bytes()
+    (data / "2_a" / "cut.png").write_bytes(whole[: len(whole) // 2])
+    done = extract("--train_data_dir", data, "--clip", clip)
+    assert done.returncode == 1
+    assert "2 pictures cannot be read" in done.stdout
+    assert "broken.png" in done.stdout
+    assert "cut.png" in done.stdout
+    assert guidance.feature_file(data / "2_a" / "1.png").is_file()
+    assert not guidance.feature_file(data / "2_a" / "broken.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--clip", "CLIP"], "none of train_data_dir, reg_data_dir, dataset_config, in_json is given"),
+        (["--train_data_dir", "DATA", "--clip", "/nowhere"], "--clip /nowhere: "),
+        (["--train_data_dir", "DATA", "--clip", "CLIP", "--batch_size", "0"], "--batch_size 0: expected"),
+        (["--train_data_dir", "DATA", "--clip", "CLIP", "--device", "warp"], "--device warp: "),
+        (["--train_data_dir", "DATA", "--clip", "CLIP", "--devise", "cpu"], "unrecognized arguments: --devise cpu"),
+    ],
+)
+def test_errors_are_one_message(clip, data, arguments, words):
+    given = [{"CLIP": clip, "DATA": data}.get(word, word) for word in arguments]
+    done = extract(*given)
+    assert done.returncode != 0
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
