@@ -704,6 +704,32 @@ def test_a_sheet_of_latents_decodes_them_where_there_is_a_vae(comfyui_server):
     assert nearest(plain) > 5
 
 
+def test_a_guidance_token_reaches_the_sampler(comfyui_server, trained, sample):
+    from freq_loss_plugin import guidance
+
+    name = "guided.safetensors"
+    features = guidance.Features({}, "clip@1", torch.randn(64, generator=torch.Generator().manual_seed(1)) * 3)
+    metadata = guidance.file_metadata(8.0, features)
+    save_file(load_file(trained.lora), comfyui_server.folder / "models" / "loras" / name, metadata)
+
+    def made(strength):
+        token = node("FreqLoss_GuidanceToken", conditioning=["words", 0], lora_name=name, strength=strength)
+        words = node("CLIPTextEncode", clip=["checkpoint", 1], text="a red circle in the centre on white with checks")
+        prompt = sampling(["lora", 0], lora=loader(name=name), words=words, token=token)
+        prompt["sampler"]["inputs"]["positive"] = ["token", 0]
+        return sample(prompt)
+
+    expected, _ = sample(sampling(["lora", 0], lora=core(1.0, name=name)))
+    assert torch.equal(made(0.0)[0], expected)
+    guided, shown = made(1.0)
+    assert (guided - expected).abs().max() > 0.05
+    assert shown["token"]["text"] == ["mean of the training pictures by clip@1, 64 wide"]
+    (text,) = shown["lora"]["text"]
+    assert text.startswith("WARNING: trained with a guidance token: ")
+    assert "put the node Guidance Token behind the positive prompt" in text
+    assert "guidance token: yes, features by clip@1" in text
+
+
 def test_long_work_can_be_cancelled(comfyui_server):
     import time
 

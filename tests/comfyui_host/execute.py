@@ -23,6 +23,8 @@ def same(first: Any, second: Any) -> bool:
     """Whether inputs are what they were."""
     if isinstance(first, dict):
         return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
+    if isinstance(first, list):
+        return len(first) == len(second) and all(map(same, first, second))
     if isinstance(first, torch.Tensor):
         return first.dtype == second.dtype and torch.equal(first.float(), second.float())
     return first == second
