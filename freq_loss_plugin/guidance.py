@@ -117,13 +117,12 @@ class FeatureError(ConfigError):
     """Features are missing, old, or from different models; says of which pictures and how to make them."""
 
 
-def load(pictures: Mapping[Path, float], command: str, *, check_pictures: bool = True) -> Features:
+def load(pictures: Mapping[Path, float], command: str) -> Features:
     """The features of all pictures.
 
     Args:
         pictures: picture to weight in the mean: how often it is shown; 0 leaves it out (regularisation pictures).
         command: what makes the features, for the error.
-        check_pictures: whether to look if the pictures are still those that the features were made of.
 
     Raises:
         FeatureError: some are missing, older than their picture, from different models, or of different widths.
@@ -136,7 +135,7 @@ def load(pictures: Mapping[Path, float], command: str, *, check_pictures: bool =
         except FeatureError:
             missing.append(picture)
             continue
-        if check_pictures and not _unchanged(picture, metadata):
+        if not _unchanged(picture, metadata):
             changed.append(picture)
         clips.setdefault(metadata.get("clip", "an unnamed model"), picture)
         found[picture] = features

@@ -142,12 +142,8 @@ def _sheet(one: Tensor, render: Render, config: FreqLossConfig, heading: str, si
             _difference_panel(f"detail of level {level}", finer - coarser)
             for level, (finer, coarser) in enumerate(itertools.pairwise(stages), 1)
         ]
-    high = one - lows[-1]
-    spectra = {
-        name: type(spectrum)(*(each.cpu() for each in spectrum))
-        for name, tensor in (("original", one), ("low", lows[-1]), ("high", high))
-        for spectrum in (radial_power_spectrum(tensor),)
-    }
+    split = {"original": one, "low": lows[-1], "high": one - lows[-1]}
+    spectra = {name: radial_power_spectrum(tensor.cpu()) for name, tensor in split.items()}
     boundary = band_boundary(config, *one.shape[-2:])
     return sheet(panels, spectra, boundary, heading=heading, side=side)
 
