@@ -2,9 +2,10 @@
 
     python assets/train_tiny_sd.py vae --steps 4000      the autoencoder, on crops of 64 pixels
     python assets/train_tiny_sd.py unet --steps 4700     the UNet and the text encoder, on its latents
+    python assets/train_tiny_sd.py clip --steps 1500     the image encoder, on pictures and captions
     python assets/train_tiny_sd.py evaluate              PSNR, and attributes read off samples for held-out captions
 
-Both trainings write their product to assets/tiny_sd, in diffusers layout and fp16. They save their state every 100
+The trainings write their products to assets/tiny_sd, in diffusers layout and fp16. They save their state every 100
 steps below --work and go on from it when they are called again; the learning rate falls to 0 over --steps, so choose
 that number once. A step depends on its number alone (pictures, noise and timesteps are drawn from it), so an
 interrupted run ends where an uninterrupted one does. On two CPU cores a step of the VAE took 0.3 s, one of
@@ -21,6 +22,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -30,7 +32,16 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
 from freq_loss_plugin.embedded.attributes import measure
 from freq_loss_plugin.embedded.pictures import (
@@ -91,20 +102,33 @@ def make_unet() -> UNet2DConditionModel:
     )
 
 
-def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=TEXT_WIDTH,
-            intermediate_size=4 * TEXT_WIDTH,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            projection_dim=TEXT_WIDTH,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+def text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=4 * TEXT_WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        projection_dim=TEXT_WIDTH,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
+
+
+def make_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
+    """A CLIP whose projection is as wide as the text encoder's hidden states, as ViT-L/14's is for SD1.5."""
+    vision = CLIPVisionConfig(
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=4 * TEXT_WIDTH,
+        projection_dim=TEXT_WIDTH,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=SIZE,
+        patch_size=16,
+    )
+    text = text_config(tokenizer)
+    return CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=TEXT_WIDTH))
 
 
 def make_tokenizer(folder: Path) -> CLIPTokenizer:
@@ -361,7 +385,7 @@ def train_unet(options: argparse.Namespace, device: torch.device) -> None:
     vae = load_vae(device)
     tokenizer = make_tokenizer(options.work / "tokenizer")
     torch.manual_seed(1)
-    unet, text_encoder = make_unet().to(device), make_text_encoder(tokenizer).to(device)
+    unet, text_encoder = make_unet().to(device), CLIPTextModel(text_config(tokenizer)).to(device)
     stage = Stage(options.work / "unet.pt", {"unet": unet, "text_encoder": text_encoder}, options.steps, 6e-3)
     latents, captions = encoded_pictures(vae, options.pictures, options.work, device)
     scheduler = DDPMScheduler(**SCHEDULE)
@@ -393,6 +417,52 @@ def train_unet(options: argparse.Namespace, device: torch.device) -> None:
     stage.run(loss_of_step, decay=0.998)
     stage.use_average()
     save_pipeline(vae, unet, text_encoder, tokenizer)
+
+
+def train_clip(options: argparse.Namespace, device: torch.device) -> None:
+    """CLIP's contrastive training (Radford et al. 2021) from scratch; only the image encoder is kept."""
+    tokenizer = make_tokenizer(options.work / "tokenizer")
+    torch.manual_seed(2)
+    clip = make_clip(tokenizer).to(device)
+    stage = Stage(options.work / "clip.pt", {"clip": clip}, options.steps, 4e-3)
+    generator = np.random.default_rng((TRAINING, 0, 6))
+    scenes = [random_scene(generator) for _ in range(options.pictures)]
+    pictures = torch.stack([torch.from_numpy((draw(scene) * 255).round().astype(np.uint8)) for scene in scenes])
+    captions = [scene.caption() for scene in scenes]
+
+    def loss_of_step(step: int) -> dict[str, Tensor]:
+        chosen = np.random.default_rng((TRAINING, step, 7)).choice(len(captions), size=128, replace=False)
+        pixels = pictures[chosen].to(device).permute(0, 3, 1, 2) / 127.5 - 1
+        ids = tokens(tokenizer, [captions[i] for i in chosen], device)
+        return {"contrastive": clip(input_ids=ids, pixel_values=pixels, return_loss=True).loss}
+
+    stage.run(loss_of_step, decay=0.995)
+    stage.use_average()
+    clip.eval()
+    print_zero_shot(clip, tokenizer, device)
+    config = CLIPVisionConfig.from_dict(clip.config.vision_config.to_dict())
+    kept = CLIPVisionModelWithProjection(config)
+    kept.load_state_dict({k: v for k, v in clip.state_dict().items() if k in kept.state_dict()})
+    folder = OUTPUT / "image_encoder"
+    kept.half().save_pretrained(folder, safe_serialization=True)
+    CLIPImageProcessor(
+        size={"shortest_edge": SIZE}, crop_size=SIZE, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    ).save_pretrained(folder)
+
+
+@torch.no_grad()
+def print_zero_shot(clip: CLIPModel, tokenizer: CLIPTokenizer, device: torch.device, count: int = 256) -> None:
+    """How often, of captions that differ in one attribute only, the right one is nearest to a held-out picture."""
+    generator = np.random.default_rng((HELD_OUT, 8))
+    scenes = [random_scene(generator) for _ in range(count)]
+    images = clip.get_image_features(to_tensor([draw(scene) for scene in scenes]).to(device))
+    for name, values in CAPTIONED_VALUES.items():
+        right = 0
+        for scene, image in zip(scenes, images, strict=True):
+            captions = [replace(scene, **{name: value}).caption() for value in values]
+            words = F.normalize(clip.get_text_features(tokens(tokenizer, captions, device)), dim=-1)
+            right += values[int((words @ image).argmax())] == getattr(scene, name)
+        print(f"{name:<12} {right / count:.1%} of {count} pictures (chance {1 / len(values):.0%})")
 
 
 def spread(generator: np.random.Generator, first: int, end: int, count: int = 8) -> np.ndarray:
@@ -494,14 +564,14 @@ def write_sheet(scenes: list[Scene], sampled: list[Picture]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    stages = {"vae": train_vae, "unet": train_unet, "evaluate": evaluate}
+    stages = {"vae": train_vae, "unet": train_unet, "clip": train_clip, "evaluate": evaluate}
     parser.add_argument("stage", choices=stages)
-    parser.add_argument("--steps", type=int, help="4000 for vae and 4700 for unet where left out")
-    parser.add_argument("--pictures", type=int, default=6000, help="drawn pictures for the stage unet")
+    parser.add_argument("--steps", type=int, help="4000, 4700 and 1500 where left out")
+    parser.add_argument("--pictures", type=int, default=6000, help="drawn pictures for the stages unet and clip")
     parser.add_argument("--samples", type=int, default=128, help="sampled pictures for the stage evaluate")
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache" / "freq_loss_plugin" / "tiny_sd")
     options = parser.parse_args()
-    options.steps = options.steps or {"vae": 4000, "unet": 4700}.get(options.stage)
+    options.steps = options.steps or {"vae": 4000, "unet": 4700, "clip": 1500}.get(options.stage)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     stages[options.stage](options, device)
 

@@ -19,6 +19,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import importlib
+import shlex
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,6 +158,22 @@ def load(pictures: Mapping[Path, float], command: str) -> Features:
         raise FeatureError("guidance_token: there are no pictures to take features from")
     stacked = torch.stack(list(found.values()))
     return Features(found, next(iter(clips)), (weights[:, None] * stacked).sum(dim=0) / weights.sum())
+
+
+def check_width(features: Features, text_width: int, command: str) -> None:
+    """Raise FeatureError where the features are not as wide as the hidden states of the text encoder."""
+    if features.width != text_width:
+        raise FeatureError(
+            f"guidance_token: the features (CLIP {features.clip}) are {features.width} wide, and the text encoder of "
+            f"this model {text_width}. SD1.x needs a CLIP with a projection of 768 (ViT-L/14), SD2.x one of 1024 "
+            f"(OpenCLIP ViT-H/14); make them with --clip:\n\n    {command} --clip ...\n"
+        )
+
+
+def extraction_command(sources: Mapping[str, Any]) -> str:
+    """What makes the features of the pictures that these options name; those without a value are left out."""
+    options = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in sources.items() if value)
+    return f"{shlex.quote(sys.executable)} -m freq_loss_plugin extract-features {options}"
 
 
 def missing(pictures: Iterable[Path]) -> list[Path]:

@@ -58,11 +58,20 @@ def of_folder(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS)
 
 
+def repeated(root: Path) -> dict[Path, tuple[int, str]]:
+    """The folders of a ``train_data_dir`` that are trained: each one's repeats and name, ``10_mycat`` -> 10, mycat."""
+    found = {}
+    for folder in sorted(path for path in root.iterdir() if path.is_dir()):
+        match = re.fullmatch(r"(\d+)(?:_(.*))?", folder.name)
+        if match and int(match.group(1)) > 0:
+            found[folder] = int(match.group(1)), match.group(2) or ""
+    return found
+
+
 def _of_folders(key: str, root: Path) -> list[Path]:
     if not root.is_dir():
         raise ConfigError(f"{key} = {str(root)!r}: there is no such folder")
-    folders = sorted(path for path in root.iterdir() if path.is_dir() and re.match(r"[1-9]\d*(_|$)", path.name))
-    return [picture for folder in folders for picture in of_folder(folder)]
+    return [picture for folder in repeated(root) for picture in of_folder(folder)]
 
 
 def _of_config(file: Path) -> list[Path]:

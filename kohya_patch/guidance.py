@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import shlex
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,9 +47,7 @@ def check(config: FreqLossConfig, args: argparse.Namespace, family: Family) -> N
 
 def command(args: argparse.Namespace) -> str:
     """What makes the features of this training's pictures."""
-    given = [(source, getattr(args, source, None)) for source in SOURCES]
-    options = " ".join(f"--{source} {shlex.quote(str(value))}" for source, value in given if value)
-    return f"{shlex.quote(sys.executable)} -m freq_loss_plugin extract-features {options}"
+    return features_of.extraction_command({source: getattr(args, source, None) for source in SOURCES})
 
 
 class TokenGuidance:
@@ -73,13 +69,8 @@ class TokenGuidance:
                 shown[Path(info.absolute_path)] = shown.get(Path(info.absolute_path), 0) + times
         self.features: Features = features_of.load(shown, command(training.args))
         self._by_name = {str(path): values for path, values in self.features.by_picture.items()}
-        if text_width is not None and text_width != self.features.width:
-            raise features_of.FeatureError(
-                f"guidance_token: the features (CLIP {self.features.clip}) are {self.features.width} wide, and the "
-                f"text encoder of this model {text_width}. SD1.x needs a CLIP with a projection of 768 (ViT-L/14), "
-                "SD2.x one of 1024 (OpenCLIP ViT-H/14); make them with --clip:\n\n"
-                f"    {command(training.args)} --clip ...\n"
-            )
+        if text_width is not None:
+            features_of.check_width(self.features, text_width, command(training.args))
         for dataset in training.datasets:
             dataset.__class__ = naming_pictures(type(dataset))
 

@@ -104,7 +104,7 @@ def assert_same(ours, theirs):
         ({"xformers": True}, ["xformers: not supported", "accelerate launch train_network.py"]),
         ({"network_dim": "8"}, ["network_dim = '8' (str)", "a whole number", "remove the quotes"]),
         ({"network_dim": 0}, ["network_dim = 0", ">= 1"]),
-        ({"guidance_token": 8.0}, ["guidance_token = 8", "train with sd-scripts", "set guidance_token = 0"]),
+        ({"network_module": "networks.lora", "dist_match": 0, "guidance_token": True}, ["without the plug-in"]),
         ({"optimizer_type": "AdamW8bit"}, ["'AdamW8bit'", "'AdamW'"]),
         ({"mixed_precision": "bf"}, ["'bf'", "did you mean 'bf16'?"]),
         ({"cache_latents": False}, ["cache_latents = False", "one of True"]),
@@ -117,7 +117,7 @@ def assert_same(ours, theirs):
         ({"pretrained_model_name_or_path": ""}, ["pretrained_model_name_or_path is missing"]),
         ({"network_args": ["conv_dim=4"]}, ["'conv_dim=4'", "sd-scripts"]),
         ({"freq_loss_network_module": "lycoris.kohya"}, ["'lycoris.kohya'", "sd-scripts"]),
-        ({"network_module": "networks.lora", "dist_match": 0.1}, ["without the frequency loss", "kohya_patch"]),
+        ({"network_module": "networks.lora", "dist_match": 0.1}, ["without the plug-in", "kohya_patch"]),
         ({"network_module": "networks.lora_flux"}, ["'networks.lora_flux'", "'kohya_patch', 'networks.lora'"]),
         ({"network_args": ["dist_match=much"]}, ["dist_match = 'much'", "a number"]),
         ({"freq_loss_metod": "fft"}, ["freq_loss_metod", "Did you mean freq_loss_method?"]),
@@ -284,8 +284,8 @@ def test_the_numbers_are_the_formula(configure, monkeypatch, loss, changes):
     passes = []
     predict = model.Model.predict
 
-    def recording(self, latents, timesteps, noise, captions):
-        results = predict(self, latents, timesteps, noise, captions)
+    def recording(self, latents, timesteps, *others):
+        results = predict(self, latents, timesteps, *others)
         passes.append((timesteps.clone(), *(tensor.detach().double().numpy() for tensor in results)))
         return results
 

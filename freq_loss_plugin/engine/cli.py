@@ -80,6 +80,8 @@ def _run_demo(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
     training, loss = settings.read(settings.override(prepared.values, overrides))
     if not loss.enabled:
         raise ConfigError("dist_match = 0: the embedded default compares plain MSE with the loss; give it a weight")
+    if loss.guided:
+        prepared.extract_features()
     toml = Path(training.output_dir) / "config.toml"
     toml.parent.mkdir(parents=True, exist_ok=True)
     toml.write_text(settings.as_toml(training, loss), encoding="utf-8")

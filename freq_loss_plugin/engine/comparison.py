@@ -30,12 +30,14 @@ class Sampling:
         steps: of the sampler.
         guidance: scale of classifier-free guidance.
         seed: of the first picture; the next ones count on.
+        features: for the guidance token of the prompts, shape (B or 1, width); None for none.
     """
 
     prompts: list[str]
     steps: int = 20
     guidance: float = 7.5
     seed: int = 0
+    features: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,10 @@ def sample(model: Model, sampling: Sampling, size: tuple[int, int]) -> Tensor:
     pipeline.set_progress_bar_config(disable=True)
     precision = autocast(model.device.type, pipeline.unet.dtype, enabled=pipeline.unet.dtype != torch.float32)
     with precision:
+        states = model.text_states(sampling.prompts, sampling.features)
         latents = pipeline(
-            sampling.prompts,
+            prompt_embeds=states,
+            negative_prompt_embeds=model.text_states([""] * len(states)),
             width=size[0],
             height=size[1],
             num_inference_steps=sampling.steps,
@@ -81,6 +85,8 @@ def train_and_show(
     held_out: list[Example] | None = None,
 ) -> Shown:
     """Train once with plain MSE and once with the loss, all else equal, and draw both.
+
+    With a guidance token both are trained with it, and their samples get the mean of the training pictures' features.
 
     Beside the two LoRA files this writes ``comparison.png`` (training pictures, samples before, after plain MSE, after
     the loss) and ``curves.png`` (band losses, radial spectra) to ``output_dir``. Arguments and errors as for
@@ -105,7 +111,9 @@ def train_and_show(
         outcomes[name] = train(arm, options, resume=go_on, held_out=held_out, title=name)
         if not outcomes[name].finished:
             return Shown(outcomes, [])
-        rows[name] = sample(outcomes[name].model, sampling, size)
+        features = outcomes[name].features
+        guided = sampling if features is None else replace(sampling, features=features.mean[None])
+        rows[name] = sample(outcomes[name].model, guided, size)
     folder = Path(settings.output_dir)
     files = [
         plots.comparison(folder / "comparison.png", rows, sampling.prompts),

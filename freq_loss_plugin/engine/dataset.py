@@ -10,7 +10,6 @@ where it stopped.
 from __future__ import annotations
 
 import random
-import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +19,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..guidance import Features
 from ..options import ConfigError
+from ..picture_folders import ENDINGS, of_folder, repeated
 from .settings import Settings
 
-ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 # How many names an error or a warning lists.
 _SHOWN = 10
 
@@ -47,10 +47,11 @@ class Example:
 
 @dataclass(frozen=True)
 class DataSet:
-    """All pictures of a training, and what there is to say about them."""
+    """All pictures of a training, what there is to say about them, and their features for a guidance token."""
 
     examples: list[Example]
     warnings: list[str]
+    features: Features | None = None
 
     @property
     def tag_frequency(self) -> dict[str, dict[str, int]]:
@@ -69,13 +70,11 @@ def find(settings: Settings) -> DataSet:
         ConfigError: there are none, or some cannot be read; those are listed.
     """
     root = Path(settings.train_data_dir)
-    examples, broken, without_caption, ignored = [], [], [], []
-    for folder in sorted(path for path in root.iterdir() if path.is_dir()):
-        match = re.fullmatch(r"(\d+)_(.*)", folder.name)
-        if match is None:
-            ignored.append(folder.name)
-            continue
-        for file in sorted(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS):
+    examples, broken, without_caption = [], [], []
+    folders = repeated(root)
+    ignored = sorted(path.name for path in root.iterdir() if path.is_dir() and path not in folders)
+    for folder, (repeats, name) in folders.items():
+        for file in of_folder(folder):
             size = _readable_size(file)
             if size is None:
                 broken.append(file)
@@ -83,15 +82,14 @@ def find(settings: Settings) -> DataSet:
             caption = _caption(file, settings.caption_extension)
             if caption is None:
                 without_caption.append(file)
-            words = match.group(2) if caption is None else caption
-            examples.append(Example(file, words, int(match.group(1)), bucket(size, settings)))
+            words = name if caption is None else caption
+            examples.append(Example(file, words, repeats, bucket(size, settings)))
     if broken:
         raise ConfigError(f"pictures that cannot be read: {_list(broken, root)}; repair or remove them")
-    examples = [example for example in examples if example.repeats > 0]
     if not examples:
         raise ConfigError(
             f"train_data_dir = {settings.train_data_dir!r}: no pictures. Expected folders named like 10_mycat "
-            f"(repeats, underscore, any name) with {', '.join(sorted(ENDINGS))} files in them"
+            f"(repeats, underscore, any name) with {', '.join(ENDINGS)} files in them"
             + (f"; found only {', '.join(ignored[:_SHOWN])}" if ignored else "")
         )
     warnings = []

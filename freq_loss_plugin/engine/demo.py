@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from ..embedded import model_folder
 from ..embedded.pictures import STYLES, Scene, draw, random_scene
+from ..guidance import is_current
+from ..picture_folders import pictures
 from .comparison import Sampling
 from .dataset import Example
+from .extraction import Clip, extract
 
 TRAINED_STYLES = STYLES[1:]
 PICTURES, HELD_OUT, PROMPTS = 24, 12, 6
@@ -45,6 +49,13 @@ class Demo:
     values: dict[str, Any]
     held_out: list[Example]
     sampling: Sampling
+
+    def extract_features(self) -> None:
+        """Write the features of all pictures, by the embedded image encoder, for a guidance token."""
+        clip = Clip(str(model_folder() / "image_encoder"), torch.device("cpu"))
+        folders = Path(self.values["train_data_dir"]), self.held_out[0].file.parent.parent
+        drawn = [picture for folder in folders for picture in pictures(train_data_dir=str(folder))]
+        extract([picture for picture in drawn if not is_current(picture, clip.identity)], clip, batch_size=8)
 
 
 def prepare(output: Path, style: str) -> Demo:

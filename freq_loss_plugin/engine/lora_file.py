@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..config import FreqLossConfig
+from ..guidance import file_metadata
 from .dataset import DataSet
 from .settings import Settings
 
@@ -95,7 +96,9 @@ def metadata(settings: Settings, loss: FreqLossConfig, data: DataSet, step: int,
         "ss_tag_frequency": json.dumps(data.tag_frequency),
     }
     texts = {key: str(value) for key, value in entries.items()}
-    return texts | loss.file_metadata(NETWORK_MODULE) if loss.enabled else texts
+    if loss.enabled or data.features is not None:
+        texts |= loss.file_metadata(NETWORK_MODULE)
+    return texts if data.features is None else texts | file_metadata(loss.guidance_token, data.features)
 
 
 def save(file: Path, weights: dict[str, Tensor], texts: dict[str, str], precision: str | None) -> None:

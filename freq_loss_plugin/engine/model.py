@@ -17,6 +17,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
+from ..guidance import replace_last_token
 from ..options import ConfigError
 from ..step import separate_random_stream
 from .dataset import Example, load_pixels
@@ -72,16 +73,39 @@ class Model:
             tick()
         return latents
 
-    def predict(self, latents: Tensor, timesteps: Tensor, noise: Tensor, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """One pass of the UNet over noised latents: (prediction, target), both of the latents' shape, float32."""
+    def predict(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        noise: Tensor,
+        captions: list[str],
+        features: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """One pass of the UNet over noised latents: (prediction, target), both of the latents' shape, float32.
+
+        ``features``, shape (B, width), are those of the guidance token, where it is on.
+        """
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
-        prediction = self.pipeline.unet(noisy, timesteps, self.text_states(captions)).sample
+        prediction = self.pipeline.unet(noisy, timesteps, self.text_states(captions, features)).sample
         if self.settings.prediction_type == "v_prediction":
             return prediction.float(), self.scheduler.get_velocity(latents, noise, timesteps)
         return prediction.float(), noise
 
-    def text_states(self, captions: list[str]) -> Tensor:
-        """What the text encoder makes of captions, shape (B, 77, width); remembered where it is not trained."""
+    @property
+    def text_width(self) -> int:
+        """Width of what the text encoder hands to the UNet."""
+        return int(self.pipeline.text_encoder.config.hidden_size)
+
+    def text_states(self, captions: list[str], features: Tensor | None = None) -> Tensor:
+        """What the UNet is told: the text encoder's states of captions, shape (B, 77, width).
+
+        With ``features`` (B or 1, width) in the last token; see `freq_loss_plugin.guidance`.
+        """
+        states = self._text_states(captions)
+        return states if features is None else replace_last_token(states, features)
+
+    def _text_states(self, captions: list[str]) -> Tensor:
+        """Remembered where the text encoder is not trained."""
         if TEXT_ENCODER in self.adapted:
             return self._encode_text(captions)
         for caption in set(captions) - self._known_states.keys():
@@ -144,6 +168,12 @@ def load(settings: Settings, device: torch.device) -> Model:
         rescale_betas_zero_snr=settings.zero_terminal_snr,
     )
     return Model(pipeline, scheduler, adapted, device, settings)
+
+
+def image_encoder_of(model: str) -> Path | None:
+    """The CLIP that comes with a model in diffusers layout, such as the embedded one; None where there is none."""
+    folder = Path(model) / "image_encoder"
+    return folder if (folder / "config.json").is_file() else None
 
 
 def _load_pipeline(name: str) -> StableDiffusionPipeline:

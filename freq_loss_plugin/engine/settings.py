@@ -165,11 +165,6 @@ def read(values: Mapping[str, Any]) -> tuple[Settings, FreqLossConfig]:
     flat = flatten(values)
     given = parse_strings(_network_args(flat.pop("network_args", None)))
     loss = FreqLossConfig.from_mapping({**values, **given})
-    if loss.guided:
-        raise ConfigError(
-            f"guidance_token = {loss.guidance_token:g}: this small engine does not have it yet; train with sd-scripts "
-            'and network_module = "kohya_patch", or set guidance_token = 0'
-        )
     known = {key_of(each): each.name for each in fields(Settings)}
     for key in flat:
         if key not in known and key not in FreqLossConfig.fields_by_key():
@@ -248,9 +243,9 @@ def _check_network_module(settings: Settings, loss: FreqLossConfig, given: set[s
     if settings.network_module != "networks.lora":
         return loss
     options = sorted(given & FreqLossConfig.fields_by_key().keys() - {"min_snr_gamma"})
-    if options and loss.enabled:
+    if options and (loss.enabled or loss.guided):
         raise ConfigError(
-            f'network_module = "networks.lora" trains without the frequency loss, and {options[0]} is given; set '
+            f'network_module = "networks.lora" trains without the plug-in, and {options[0]} is given; set '
             'network_module = "kohya_patch", or remove the options of the loss'
         )
     return replace(loss, dist_match=0.0)

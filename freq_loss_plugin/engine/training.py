@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor
 from tqdm import tqdm
 
-from .. import report
+from .. import guidance, report
 from ..config import FreqLossConfig
 from ..latents import NUM_TRAIN_TIMESTEPS
 from ..loss import FrequencyLoss, frequency_matching_loss, min_snr_weights
@@ -42,7 +42,7 @@ from ..step import NonFiniteLossError, TermMonitor, TermNumbers, stream_name, un
 from . import lora_file
 from .dataset import Batches, DataSet, Example, find
 from .lora_file import TEXT_ENCODER, UNET
-from .model import Model, load
+from .model import Model, image_encoder_of, load
 from .settings import USE_SD_SCRIPTS, Settings
 
 # What may change between a saved state and its continuation.
@@ -73,6 +73,7 @@ class Outcome:
         history: the numbers of every step of this run.
         evaluations: on held-out pictures, where there are any.
         model: the model with its LoRA layers as they are now.
+        features: those of the guidance token, where it is on.
     """
 
     lora: Path
@@ -82,6 +83,7 @@ class Outcome:
     history: list[TermNumbers]
     evaluations: list[Evaluation]
     model: Model = field(repr=False)
+    features: guidance.Features | None = field(repr=False, default=None)
 
 
 def train(
@@ -110,9 +112,13 @@ def train(
     data = find(settings)
     for example in data.examples:
         loss.check_size(example.size[1] // 8, example.size[0] // 8)
-    state = _read_state(settings, loss) if resume else None
+    if loss.guided:
+        data = replace(data, features=_load_features(settings, data.examples, held_out or []))
+    state = _read_state(settings, loss, data.features) if resume else None
     logs = _writer(settings)
     model = load(settings, accelerator.device)
+    if data.features is not None:
+        guidance.check_width(data.features, model.text_width, _extraction_command(settings))
     _announce(settings, loss, data, accelerator)
     return Trainer(settings, loss, data, model, accelerator, held_out or [], title).run(state, logs)
 
@@ -176,7 +182,9 @@ class Trainer:
                 f"\nstopped after step {self._step} of {self._settings.max_train_steps}, and saved: {lora}\n"
                 "go on with the same command and --resume"
             )
-        return Outcome(lora, self._step, seconds, finished, self._history, self._evaluations, self._model)
+        return Outcome(
+            lora, self._step, seconds, finished, self._history, self._evaluations, self._model, self._data.features
+        )
 
     # One step
 
@@ -204,11 +212,11 @@ class Trainer:
         """Add the gradient of batch ``number`` of the training."""
         chosen = self._batches[number]
         latents = torch.stack([self._latents[index] for index in chosen]).to(self._accelerator.device)
-        captions = [self._data.examples[index].caption for index in chosen]
+        examples = [self._data.examples[index] for index in chosen]
         generator = _generator(f"base:{self._settings.seed}:{number}")
         window = self._settings.min_timestep or 0, self._settings.max_timestep or NUM_TRAIN_TIMESTEPS
         drawn = torch.randint(*window, (len(chosen),), generator=generator).to(latents.device)
-        prediction, target = self._pass(latents, drawn, captions, generator)
+        prediction, target = self._pass(latents, drawn, examples, generator)
         base = self._base_loss(prediction, target, drawn)
         term = FrequencyLoss(*torch.zeros(3, device=base.device))
         timesteps: Tensor | float = drawn
@@ -218,17 +226,21 @@ class Trainer:
         if self._loss.enabled and self._loss.timesteps == "unified":
             timesteps = unified_timestep(self._loss, self._settings.seed, number)
             generator = _generator(stream_name(self._settings.seed, number))
-            prediction, target = self._pass(latents, torch.full_like(drawn, timesteps), captions, generator)
+            prediction, target = self._pass(latents, torch.full_like(drawn, timesteps), examples, generator)
             term = self._term(prediction, target, timesteps)
             self._accumulate(term.total)
         self._monitor.add(base, term, prediction, target, timesteps)
 
     def _pass(
-        self, latents: Tensor, timesteps: Tensor, captions: list[str], generator: torch.Generator
+        self, latents: Tensor, timesteps: Tensor, examples: list[Example], generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+        captions, features = [example.caption for example in examples], None
+        if self._data.features is not None:
+            of_pictures = self._data.features.by_picture
+            features = torch.stack([of_pictures[example.file] for example in examples]).to(latents.device)
         with self._accelerator.autocast():
-            return self._model.predict(latents, timesteps, noise, captions)
+            return self._model.predict(latents, timesteps, noise, captions, features)
 
     def _base_loss(self, prediction: Tensor, target: Tensor, timesteps: Tensor) -> Tensor:
         per_sample = (prediction - target).square().mean(dim=(1, 2, 3))
@@ -259,11 +271,10 @@ class Trainer:
         if not self._held_out:
             return
         latents = torch.stack(self._held_out_latents).to(self._accelerator.device)
-        captions = [example.caption for example in self._held_out]
         found = []
         for timestep in _EVALUATION_TIMESTEPS:
             timesteps = torch.full((len(latents),), timestep, device=latents.device)
-            prediction, target = self._pass(latents, timesteps, captions, _generator(f"evaluation:{timestep}"))
+            prediction, target = self._pass(latents, timesteps, self._held_out, _generator(f"evaluation:{timestep}"))
             term = self._term(prediction, target, timestep)
             found.append((term.low.item(), term.high.item()))
         low, high = (sum(values) / len(values) for values in zip(*found, strict=True))
@@ -322,7 +333,7 @@ class Trainer:
         scaler = getattr(self._accelerator, "scaler", None)
         state = {
             "step": self._step,
-            "settings": _identity(self._settings, self._loss),
+            "settings": _identity(self._settings, self._loss, self._data.features),
             "weights": weights,
             "optimizer": self._optimizer.state_dict(),
             "schedule": self._schedule.state_dict(),
@@ -355,7 +366,7 @@ def _accelerator(settings: Settings) -> Accelerator:
 def _announce(settings: Settings, loss: FreqLossConfig, data: DataSet, accelerator: Accelerator) -> None:
     family = "SD2.x" if settings.v2 else "SD1.x"
     model = f"{family} (prediction type {settings.prediction_type})"
-    print("\n".join(report.describe(loss, model, lora_file.NETWORK_MODULE, graphs=1)))
+    print("\n".join(report.describe(loss, model, lora_file.NETWORK_MODULE, graphs=1, features=data.features)))
     shown = sum(example.repeats for example in data.examples)
     print(f"  {len(data.examples)} pictures, {shown} per epoch, on {accelerator.device}")
     window = settings.min_timestep, settings.max_timestep
@@ -374,13 +385,26 @@ def _generator(name: str) -> torch.Generator:
     return torch.Generator().manual_seed(random.Random(name).getrandbits(63))
 
 
-def _identity(settings: Settings, loss: FreqLossConfig) -> dict[str, str]:
+def _load_features(settings: Settings, examples: list[Example], held_out: list[Example]) -> guidance.Features:
+    """Those of all pictures; held-out ones do not count in the mean."""
+    shown = {example.file: float(example.repeats) for example in examples}
+    return guidance.load(shown | {example.file: 0.0 for example in held_out}, _extraction_command(settings))
+
+
+def _extraction_command(settings: Settings) -> str:
+    return guidance.extraction_command(
+        {"train_data_dir": settings.train_data_dir, "clip": image_encoder_of(settings.pretrained_model_name_or_path)}
+    )
+
+
+def _identity(settings: Settings, loss: FreqLossConfig, features: guidance.Features | None) -> dict[str, str]:
     """What must be the same when a training goes on."""
     kept = {key: str(value) for key, value in asdict(settings).items() if key not in _MAY_CHANGE}
-    return kept | {key: str(value) for key, value in loss.metadata().items()}
+    kept |= {key: str(value) for key, value in loss.metadata().items()}
+    return kept if features is None else kept | {guidance.CLIP_KEY: features.clip}
 
 
-def _read_state(settings: Settings, loss: FreqLossConfig) -> dict[str, Any]:
+def _read_state(settings: Settings, loss: FreqLossConfig, features: guidance.Features | None) -> dict[str, Any]:
     file = settings.state_file
     if not file.is_file():
         raise ConfigError(
@@ -391,7 +415,7 @@ def _read_state(settings: Settings, loss: FreqLossConfig) -> dict[str, Any]:
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ConfigError(f"--resume: {file} cannot be read ({error}); train without --resume") from error
-    now = _identity(settings, loss)
+    now = _identity(settings, loss, features)
     for key, value in now.items():
         if state["settings"].get(key) != value:
             raise ConfigError(
