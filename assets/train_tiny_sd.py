@@ -429,9 +429,10 @@ def train_clip(options: argparse.Namespace, device: torch.device) -> None:
     scenes = [random_scene(generator) for _ in range(options.pictures)]
     pictures = torch.stack([torch.from_numpy((draw(scene) * 255).round().astype(np.uint8)) for scene in scenes])
     captions = [scene.caption() for scene in scenes]
+    batch = min(128, len(captions))
 
     def loss_of_step(step: int) -> dict[str, Tensor]:
-        chosen = np.random.default_rng((TRAINING, step, 7)).choice(len(captions), size=128, replace=False)
+        chosen = np.random.default_rng((TRAINING, step, 7)).choice(len(captions), size=batch, replace=False)
         pixels = pictures[chosen].to(device).permute(0, 3, 1, 2) / 127.5 - 1
         ids = tokens(tokenizer, [captions[i] for i in chosen], device)
         return {"contrastive": clip(input_ids=ids, pixel_values=pixels, return_loss=True).loss}
@@ -439,7 +440,7 @@ def train_clip(options: argparse.Namespace, device: torch.device) -> None:
     stage.run(loss_of_step, decay=0.995)
     stage.use_average()
     clip.eval()
-    print_zero_shot(clip, tokenizer, device)
+    print_zero_shot(clip, tokenizer, device, options.samples)
     config = CLIPVisionConfig.from_dict(clip.config.vision_config.to_dict())
     kept = CLIPVisionModelWithProjection(config)
     kept.load_state_dict({k: v for k, v in clip.state_dict().items() if k in kept.state_dict()})
@@ -451,17 +452,18 @@ def train_clip(options: argparse.Namespace, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def print_zero_shot(clip: CLIPModel, tokenizer: CLIPTokenizer, device: torch.device, count: int = 256) -> None:
+def print_zero_shot(clip: CLIPModel, tokenizer: CLIPTokenizer, device: torch.device, count: int) -> None:
     """How often, of captions that differ in one attribute only, the right one is nearest to a held-out picture."""
     generator = np.random.default_rng((HELD_OUT, 8))
     scenes = [random_scene(generator) for _ in range(count)]
-    images = clip.get_image_features(to_tensor([draw(scene) for scene in scenes]).to(device))
+    pixels = to_tensor([draw(scene) for scene in scenes]).to(device)
     for name, values in CAPTIONED_VALUES.items():
         right = 0
-        for scene, image in zip(scenes, images, strict=True):
+        for scene, picture in zip(scenes, pixels, strict=True):
             captions = [replace(scene, **{name: value}).caption() for value in values]
-            words = F.normalize(clip.get_text_features(tokens(tokenizer, captions, device)), dim=-1)
-            right += values[int((words @ image).argmax())] == getattr(scene, name)
+            ids = tokens(tokenizer, captions, device)
+            likeness = clip(input_ids=ids, pixel_values=picture[None]).logits_per_image
+            right += values[int(likeness.argmax())] == getattr(scene, name)
         print(f"{name:<12} {right / count:.1%} of {count} pictures (chance {1 / len(values):.0%})")
 
 
@@ -568,7 +570,7 @@ def main() -> None:
     parser.add_argument("stage", choices=stages)
     parser.add_argument("--steps", type=int, help="4000, 4700 and 1500 where left out")
     parser.add_argument("--pictures", type=int, default=6000, help="drawn pictures for the stages unet and clip")
-    parser.add_argument("--samples", type=int, default=128, help="sampled pictures for the stage evaluate")
+    parser.add_argument("--samples", type=int, default=128, help="pictures to evaluate on")
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache" / "freq_loss_plugin" / "tiny_sd")
     options = parser.parse_args()
     options.steps = options.steps or {"vae": 4000, "unet": 4700, "clip": 1500}.get(options.stage)

@@ -47,18 +47,29 @@ def sd_scripts(material):
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """The embedded default, for a few steps at a high rate, so that the LoRA changes something; its config.toml too."""
+    return train_embedded(tmp_path_factory.mktemp("embedded"), max_train_steps=4)
+
+
+@pytest.fixture(scope="session")
+def trained_with_token(tmp_path_factory):
+    """The same with a guidance token; its LoRA carries the mean of the pictures' features."""
+    return train_embedded(tmp_path_factory.mktemp("guided"), max_train_steps=1, guidance_token=True)
+
+
+def train_embedded(folder, **changes):
     from freq_loss_plugin.engine import demo, settings, training
 
-    folder = tmp_path_factory.mktemp("embedded")
-    values = demo.prepare(folder, "weave").values | {"max_train_steps": 4, "learning_rate": 5e-3}
-    made, loss = settings.read(values)
+    prepared = demo.prepare(folder, "weave")
+    made, loss = settings.read(prepared.values | {"learning_rate": 5e-3} | changes)
+    if loss.guided:
+        prepared.extract_features()
     (folder / "config.toml").write_text(settings.as_toml(made, loss))
     return training.train(made, loss)
 
 
 @pytest.fixture(scope="session")
-def comfyui_server(trained, tmp_path_factory):
-    """A running ComfyUI with the pack, the embedded model as a checkpoint, and the LoRA of `trained`."""
+def comfyui_server(trained, trained_with_token, tmp_path_factory):
+    """A running ComfyUI with the pack, the embedded model as a checkpoint, and LoRAs of the engine."""
     import shutil
 
     import hosts
@@ -70,7 +81,8 @@ def comfyui_server(trained, tmp_path_factory):
 
     comfyui = hosts.comfyui()
     server = Server(comfyui, tmp_path_factory.mktemp("comfyui"), model_folder())
-    shutil.copy(trained.lora, server.folder / "models" / "loras" / "my_frequency_lora.safetensors")
+    for outcome, name in ((trained, "my_frequency_lora"), (trained_with_token, "my_guided_lora")):
+        shutil.copy(outcome.lora, server.folder / "models" / "loras" / f"{name}.safetensors")
     shutil.copy(comfyui / "input" / "example.png", server.folder / "input")
     server.start()
     yield server

@@ -890,8 +890,7 @@ def test_there_are_workflows_with_thumbnails():
     for file in WORKFLOWS:
         assert file.with_suffix(".jpg").stat().st_size > 10_000
     used = {each["type"] for file in WORKFLOWS for each in json.loads(file.read_text())["nodes"]}
-    # No LoRA at hand was trained with a guidance token, and a picture of one that was not would pretend.
-    assert used >= FROZEN.keys() - {"FreqLoss_GuidanceToken"}
+    assert used >= FROZEN.keys()
 
 
 @pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)

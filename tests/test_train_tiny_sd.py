@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn import Linear
 
 from freq_loss_plugin.embedded.pictures import CAPTIONED, draw, random_scene
+from freq_loss_plugin.engine.extraction import Clip
 
 for needed in ("diffusers", "transformers"):
     pytest.importorskip(needed)
@@ -134,10 +136,15 @@ def test_all_stages_in_order(script, tmp_path, monkeypatch, capsys):
         script.evaluate(options, CPU)
     script.train_unet(options, CPU)
     script.evaluate(options, CPU)
+    script.train_clip(options, CPU)
     told = capsys.readouterr().out
     assert "held-out PSNR" in told
     for name in CAPTIONED:
-        assert f"{name} " in told
+        assert told.count(f"{name} ") == 2
+    clip = Clip(str(tmp_path / "tiny_sd" / "image_encoder"), CPU)
+    features = clip([Image.new("RGB", (200, 128), colour) for colour in ("red", "blue")])
+    assert features.shape == (2, script.TEXT_WIDTH)
+    assert not torch.allclose(features[0], features[1])
 
     from diffusers import StableDiffusionPipeline
 

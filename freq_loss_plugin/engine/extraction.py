@@ -50,7 +50,8 @@ class Clip:
             if hasattr(config, "vision_config"):  # a whole CLIP, whose own number is the one that counts
                 config, width = config.vision_config, config.projection_dim
                 config.projection_dim = width
-            self._model = CLIPVisionModelWithProjection.from_pretrained(name, config=config).to(device).eval()
+            # In float32 whatever the file holds; how to ask for that while loading differs between versions.
+            self._model = CLIPVisionModelWithProjection.from_pretrained(name, config=config).to(device).float().eval()
             self._processor = CLIPImageProcessor.from_pretrained(name)
         except (OSError, ValueError, RuntimeError, AttributeError) as error:
             first = str(error).strip().splitlines()[0]

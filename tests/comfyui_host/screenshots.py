@@ -2,7 +2,8 @@
 
     python screenshots.py LORA [NUMBER ...]
 
-LORA is a file of the engine (``./train_freq_aware.sh`` leaves output/tiny_lora.safetensors). The workflows run as they
+LORA is a file of the engine (``./train_freq_aware.sh`` leaves output/tiny_lora.safetensors); for the workflow with a
+guidance token one that was trained with it (``--guidance_token true``). The workflows run as they
 are, except that the embedded model, which stands in for SD1.5, is asked for pictures of its own size and kind.
 """
 
@@ -33,7 +34,8 @@ def main() -> None:
     comfyui = hosts.comfyui()
     with tempfile.TemporaryDirectory() as folder:
         server = Server(comfyui, Path(folder), model_folder())
-        shutil.copy(lora, server.folder / "models" / "loras" / "my_frequency_lora.safetensors")
+        for name in ("my_frequency_lora", "my_guided_lora"):
+            shutil.copy(lora, server.folder / "models" / "loras" / f"{name}.safetensors")
         shutil.copy(comfyui / "input" / "example.png", server.folder / "input")
         server.start()
         try:
