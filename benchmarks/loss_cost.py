@@ -2,8 +2,8 @@
 
     python benchmarks/loss_cost.py [--device cuda] [--repeats 50]
 
-The arms take turns, so that a machine whose speed drifts hurts them alike; the table shows medians as multiples of
-`F.mse_loss` forward and backward on the same tensors.
+The arms take turns in changing order, so that a machine whose speed drifts hurts them alike; the table shows medians as
+multiples of `F.mse_loss` forward and backward on the same tensors.
 
 - mse            F.mse_loss
 - formula, …     spec'd as written: recover 2B latents, decompose each with the usual library, sum, compare; the wavelet
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -97,7 +98,8 @@ def measure(arms: dict[str, Callable], shape: tuple[int, ...], device: torch.dev
     prediction.requires_grad_()
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for repeat in range(repeats + 3):
-        for name, arm in arms.items():
+        # In an order of its own each time: an arm that follows a large one finds the caches cold.
+        for name, arm in random.Random(repeat).sample(list(arms.items()), len(arms)):
             prediction.grad = None
             _wait(device)
             start = time.perf_counter()

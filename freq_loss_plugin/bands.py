@@ -23,8 +23,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from functools import lru_cache
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor, autocast
@@ -38,7 +39,32 @@ METHODS: tuple[str, ...] = get_args(Method)
 _CACHED_OPERATORS = 128
 
 # Beyond this size (pictures, not latents) A_n would take more memory than it saves time; the transform itself is run.
-_LARGEST_OPERATOR = 1024
+LARGEST_OPERATOR = 1024
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _constant(function: Function) -> Function:
+    """Let `torch.compile` call the function once and keep its result, instead of tracing into it.
+
+    This is what torch.compiler.assume_constant_result does, which would import the compiler for everybody.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def operator(function: Function) -> Function:
+    """Remember the result for each size, device and dtype; constant to the compiler, to which a bare cache is not."""
+    remembered = lru_cache(maxsize=_CACHED_OPERATORS)(function)
+
+    @wraps(function)
+    def look_up(*arguments: Any) -> Any:
+        return remembered(*arguments)
+
+    for name in ("cache_clear", "cache_info"):
+        setattr(look_up, name, getattr(remembered, name))
+    return cast(Function, _constant(look_up))
 
 
 class Bands(NamedTuple):
@@ -102,7 +128,7 @@ def low_bands(
 def wavelet_low_band(tensor: Tensor, wavelet: str, levels: int) -> Tensor:
     """``A_H · X · A_W^T`` over the last two dimensions; differentiable, same shape and dtype."""
     height, width = tensor.shape[-2:]
-    if max(height, width) > _LARGEST_OPERATOR:
+    if max(height, width) > LARGEST_OPERATOR:
         return _transformed_low_band(tensor, wavelet, levels)
     rows = wavelet_low_pass(height, wavelet, levels, tensor.device, tensor.dtype)
     columns = wavelet_low_pass(width, wavelet, levels, tensor.device, tensor.dtype)
@@ -112,10 +138,11 @@ def wavelet_low_band(tensor: Tensor, wavelet: str, levels: int) -> Tensor:
 def fft_low_band(tensor: Tensor, cutoff: float) -> Tensor:
     """The spectrum inside the disc, transformed back; differentiable, same shape and dtype."""
     height, width = tensor.shape[-2:]
-    disc = _half_disc(height, width, cutoff, tensor.device, tensor.dtype)
+    disc = fft_weights(height, width, cutoff, tensor.device, tensor.dtype).disc
     return torch.fft.irfft2(torch.fft.rfft2(tensor) * disc, s=(height, width))
 
 
+@_constant
 def resolve_method(method: str) -> Method:
     """The method that will really run: ``"wavelet"`` becomes ``"fft"`` where its package is missing, with one warning.
 
@@ -143,7 +170,7 @@ def _warn_fallback(reason: str) -> None:
     )
 
 
-@lru_cache(maxsize=_CACHED_OPERATORS)
+@operator
 def wavelet_low_pass(n: int, wavelet: str, levels: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """The n×n matrix A whose product with a signal of length n is the signal's low band.
 
@@ -166,6 +193,27 @@ def wavelet_low_pass(n: int, wavelet: str, levels: int, device: torch.device, dt
         low_bands = inverse((approximation, [torch.zeros_like(detail) for detail in details]))
         # Row j of low_bands is the low band of the j-th unit vector, hence column j of A.
         return low_bands[0, :, :n].T.contiguous().to(dtype).to(device)
+
+
+class LowPassFactors(NamedTuple):
+    """A_n = up · down: ``up`` of shape (n, r) with orthonormal columns, ``down`` of shape (r, n), r the rank of A_n."""
+
+    up: Tensor
+    down: Tensor
+
+
+@operator
+def low_pass_factors(n: int, wavelet: str, levels: int, device: torch.device, dtype: torch.dtype) -> LowPassFactors:
+    """`wavelet_low_pass` by its singular value decomposition, without the singular values that are 0.
+
+    Arguments and errors as there. Cached: treat the result as read-only.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        matrix = wavelet_low_pass(n, wavelet, levels, torch.device("cpu"), torch.float64)
+        left, values, right = torch.linalg.svd(matrix)
+        rank = max(1, int((values > 1e-10 * values[0]).sum()))
+        up, down = left[:, :rank], values[:rank, None] * right[:rank]
+        return LowPassFactors(*(factor.contiguous().to(dtype).to(device) for factor in (up, down)))
 
 
 def _transformed_low_band(tensor: Tensor, wavelet: str, levels: int) -> Tensor:
@@ -213,35 +261,40 @@ def disc_radius(height: int, width: int, cutoff: float) -> int:
     return math.floor(cutoff * min(height, width) + 1e-9)
 
 
-@lru_cache(maxsize=_CACHED_OPERATORS)
-def _half_disc(height: int, width: int, cutoff: float, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """1 inside the disc, 0 outside, on the layout of `torch.fft.rfft2`: shape (H, W//2 + 1)."""
+class FftWeights(NamedTuple):
+    """Weights on the layout of `torch.fft.rfft2`, each of shape (H, W//2 + 1).
+
+    Attributes:
+        disc: 1 inside the disc, 0 outside.
+        low: what turns squared magnitudes into the energy of the low band.
+        high: the same for the high band.
+    """
+
+    disc: Tensor
+    low: Tensor
+    high: Tensor
+
+
+@operator
+def fft_weights(height: int, width: int, cutoff: float, device: torch.device, dtype: torch.dtype) -> FftWeights:
+    r"""The disc of the FFT bands, and the weights of Parseval's theorem for each band.
+
+    :math:`\sum_{x} band(x)^2 = \frac{1}{HW} \sum_{k \in band} |F_k|^2` over the full spectrum. The half spectrum holds
+    each pair of conjugate columns once, so those count twice.
+    """
     with torch.inference_mode(False):
         # fftfreq·n are the integer offsets from the centre (H//2, W//2) of the shifted spectrum.
         rows = torch.fft.fftfreq(height, d=1 / height, dtype=torch.float64)
         columns = torch.fft.rfftfreq(width, d=1 / width, dtype=torch.float64)
         inside = rows[:, None] ** 2 + columns[None, :] ** 2 <= disc_radius(height, width, cutoff) ** 2
-        return inside.to(dtype).to(device)
-
-
-@lru_cache(maxsize=_CACHED_OPERATORS)
-def fft_energy_weights(
-    height: int, width: int, cutoff: float, device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    r"""Weights (low, high) that turn the squared magnitudes of `torch.fft.rfft2` into the energies of both bands.
-
-    Parseval: :math:`\sum_{x} band(x)^2 = \frac{1}{HW} \sum_{k \in band} |F_k|^2` over the full spectrum. The half
-    spectrum holds each pair of conjugate columns once, so those count twice.
-    """
-    with torch.inference_mode(False):
-        disc = _half_disc(height, width, cutoff, torch.device("cpu"), torch.float64)
+        disc = inside.to(torch.float64)
         multiplicity = torch.full((width // 2 + 1,), 2.0, dtype=torch.float64)
         multiplicity[0] = 1.0
         if width % 2 == 0:
             multiplicity[-1] = 1.0
         multiplicity /= height * width
-        low, high = disc * multiplicity, (1.0 - disc) * multiplicity
-        return low.to(dtype).to(device), high.to(dtype).to(device)
+        weights = disc, disc * multiplicity, (1.0 - disc) * multiplicity
+        return FftWeights(*(weight.to(dtype).to(device) for weight in weights))
 
 
 def check_latent(tensor: Tensor, name: str) -> None:

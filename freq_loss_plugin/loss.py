@@ -33,11 +33,10 @@ from .bands import (
     Bands,
     check_latent,
     computation_dtype,
-    fft_energy_weights,
     frequency_decomposition,
-    wavelet_low_band,
 )
 from .config import FreqLossConfig
+from .energies import band_energies, batch_difference
 from .latents import (
     NUM_TRAIN_TIMESTEPS,
     PredictionType,
@@ -49,7 +48,10 @@ from .latents import (
 
 
 class FrequencyLoss(NamedTuple):
-    """Scalars: ``total`` is weighted and ready to add, ``low`` and ``high`` are the bare L_low, L_high."""
+    """Scalars: ``total`` is weighted and ready to add, ``low`` and ``high`` are the bare L_low, L_high.
+
+    Those of `frequency_matching_loss` are to be read: the gradient goes through ``total`` alone.
+    """
 
     total: Tensor
     low: Tensor
@@ -107,13 +109,18 @@ def frequency_matching_loss(
     _check_batch(prediction, target, config, timesteps=timesteps, sigmas=sigmas, sample_weights=sample_weights)
     with autocast(prediction.device.type, enabled=False):
         dtype = computation_dtype(prediction, target)
-        residual = prediction.to(dtype) - target.to(dtype)
-        if mask is not None:
-            residual = residual * mask.to(dtype)
         coefficients = _coefficients(
-            prediction_type, timesteps, alphas_cumprod, sigmas, sample_weights, config, residual
+            prediction_type,
+            timesteps,
+            alphas_cumprod,
+            sigmas,
+            sample_weights,
+            config,
+            prediction.new_empty(prediction.shape[0], dtype=dtype),
         )
-        return _weigh(*_band_energies(_batch_sum(residual, coefficients), config), config)
+        if mask is not None:
+            mask = mask.to(dtype)
+        return FrequencyLoss(*band_energies(batch_difference(prediction, target, coefficients, mask), config))
 
 
 def band_error_maps(difference: Tensor, config: FreqLossConfig) -> Bands:
@@ -246,27 +253,22 @@ def _coefficients(
     sigmas: Tensor | None,
     sample_weights: Tensor | None,
     config: FreqLossConfig,
-    residual: Tensor,
-) -> Tensor | float:
-    """w_i·k_i over the reduction: what multiplies each sample's residual in D. A number where it holds for all."""
+    like: Tensor,
+) -> Tensor:
+    """w_i·k_i over the reduction: what multiplies each sample's residual in D; a tensor like ``like``, shape (B,)."""
     scale = residual_scale(prediction_type, timesteps, alphas_cumprod, sigmas)
     weights = batch_weights(prediction_type, timesteps, alphas_cumprod, sigmas, sample_weights, config)
     if isinstance(scale, Tensor):
-        scale = scale.to(device=residual.device, dtype=residual.dtype)
+        scale = scale.to(like)
     if isinstance(weights, Tensor):
-        weights = weights.to(device=residual.device, dtype=residual.dtype)
+        weights = weights.to(like)
         # A sample that weighs nothing adds nothing, even where k is infinite (epsilon at zero terminal SNR).
         product: Tensor | float = torch.where(weights == 0, torch.zeros_like(weights), weights * scale)
     else:
         product = weights * scale if weights != 0 else 0.0
-    return product / residual.shape[0] if config.reduction == "mean" else product
-
-
-def _batch_sum(residual: Tensor, coefficients: Tensor | float) -> Tensor:
-    """D = sum_i coefficients_i·residual_i, shape (C, H, W) or (C, T, H, W)."""
-    if not isinstance(coefficients, Tensor) or coefficients.numel() == 1:
-        return residual.sum(dim=0) * coefficients
-    return torch.tensordot(coefficients, residual, dims=1)
+    if config.reduction == "mean":
+        product = product / len(like)
+    return product.expand_as(like) if isinstance(product, Tensor) else torch.full_like(like, product)
 
 
 def _weighted_sum(band: Tensor, weights: Tensor | float, config: FreqLossConfig) -> Tensor:
@@ -275,19 +277,6 @@ def _weighted_sum(band: Tensor, weights: Tensor | float, config: FreqLossConfig)
         weights = weights.reshape(-1, *([1] * (band.ndim - 1))).to(device=band.device, dtype=band.dtype)
     weighted: Tensor = band * weights
     return weighted.mean(dim=0) if config.reduction == "mean" else weighted.sum(dim=0)
-
-
-def _band_energies(difference: Tensor, config: FreqLossConfig) -> tuple[Tensor, Tensor]:
-    """(L_low, L_high) of D: the mean squares of its two bands."""
-    if config.resolved_method == "wavelet":
-        low = wavelet_low_band(difference, config.wavelet, config.levels)
-        return low.square().mean(), (difference - low).square().mean()
-    height, width = difference.shape[-2:]
-    low_weights, high_weights = fft_energy_weights(height, width, config.cutoff, difference.device, difference.dtype)
-    spectrum = torch.view_as_real(torch.fft.rfft2(difference))
-    # |F|² summed over channels (and frames), per pixel of the latent because L_b is a mean.
-    power = spectrum.square().sum(dim=-1).flatten(end_dim=-3).sum(dim=0) / difference.numel()
-    return (power * low_weights).sum(), (power * high_weights).sum()
 
 
 def _weigh(low: Tensor, high: Tensor, config: FreqLossConfig) -> FrequencyLoss:
