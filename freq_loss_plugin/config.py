@@ -17,8 +17,9 @@ from .latents import NUM_TRAIN_TIMESTEPS, PredictionType
 from .options import ConfigError, check_options, flatten, key_of, nearest, option, parse, wrong_value
 from .version import __version__
 
-Timesteps = Literal["unified", "own"]
+Timesteps = Literal["unified", "shared", "own"]
 SampleWeights = Literal["none", "min_snr"]
+Scope = Literal["global", "local"]
 Reduction = Literal["sum", "mean"]
 
 # The section of the TOML that holds the options, and the beginning of every key but dist_match.
@@ -61,7 +62,8 @@ class FreqLossConfig:
     high_weight: float = _option(0.3, "weight of the high band, at least 0")
     timesteps: Timesteps = _option(
         "unified",
-        "unified: one extra pass at one timestep for the whole batch; own: the base pass's own timesteps",
+        "unified: one extra pass at one timestep for the whole batch; shared: batches inside the window share a "
+        "timestep, no extra pass; own: the base pass's own timesteps",
         choices=get_args(Timesteps),
     )
     min_timestep: int = _option(200, "first timestep of the window, on the scale 0..1000")
@@ -72,6 +74,13 @@ class FreqLossConfig:
     reduction: Reduction = _option(
         "sum", "sum over the batch (the formula), or mean (does not grow with the batch)", choices=get_args(Reduction)
     )
+    scope: Scope = _option(
+        "global",
+        "with several processes: global matches the batch of all of them, local each process's own",
+        choices=get_args(Scope),
+    )
+    memory: int = _option(0, "earlier batches whose residuals join this one's; 0 is off")
+    memory_decay: float = _option(1.0, "by what each of them counts less than the one after it, above 0 and at most 1")
     guidance_token: float = _option(
         0.0, "above 0 or true: the CLIP features of each picture replace the last text token", key="guidance_token"
     )
@@ -175,10 +184,10 @@ class FreqLossConfig:
                 f"freq_loss_low_weight = freq_loss_high_weight: the term {exact} the plain MSE of the batch "
                 f"{self.reduction}, and the bands do nothing; give them different weights"
             )
-        if batch_size == 1:
+        if batch_size == 1 and not self.memory:
             found.append(
                 "batch size 1: there is no distribution to match, the term is a band-weighted MSE of one picture; "
-                "a train_batch_size of 4 or more is what the method is made for"
+                "a train_batch_size of 4 or more is what the method is made for, or a freq_loss_memory"
             )
         return found
 
@@ -225,6 +234,10 @@ class FreqLossConfig:
                 raise wrong_value(self, name, "a finite number >= 0")
         if self.levels < 1:
             raise wrong_value(self, "levels", "a whole number >= 1")
+        if self.memory < 0:
+            raise wrong_value(self, "memory", "a whole number >= 0: how many batches are remembered; 0 for none")
+        if not 0 < self.memory_decay <= 1:
+            raise wrong_value(self, "memory_decay", "a number above 0 and at most 1")
         if not 0 < self.cutoff <= 0.5:
             raise wrong_value(self, "cutoff", "a number above 0 and at most 0.5, the highest frequency of a latent")
         if not 0 < self.min_snr_gamma < math.inf:

@@ -45,6 +45,8 @@ from .latents import (
     select_alpha_bar,
     signal_to_noise,
 )
+from .memory import ResidualMemory
+from .processes import sum_over_processes, there_are_several
 
 
 class FrequencyLoss(NamedTuple):
@@ -69,6 +71,8 @@ def frequency_matching_loss(
     sample_weights: Tensor | None = None,
     mask: Tensor | None = None,
     config: FreqLossConfig,
+    across_processes: bool = False,
+    memory: ResidualMemory | None = None,
 ) -> FrequencyLoss:
     r"""Match the batch sum of predicted clean latents to that of the clean latents, band by band.
 
@@ -91,6 +95,9 @@ def frequency_matching_loss(
         mask: m, broadcastable to ``prediction``, for instance (B, 1, H, W). It multiplies the latents before they are
             split.
         config: the options. Its ``dist_match`` may be 0: the total is then 0, with a zero gradient.
+        memory: the batches before this one (`freq_loss_plugin.memory`), which remembers this one, too.
+        across_processes: all processes of a training call this together: with ``scope = "global"`` D is that of all of
+            them, and the gradient the one whose mean over the processes is right (see `freq_loss_plugin.processes`).
 
     Returns:
         `FrequencyLoss` ``(total, low, high)``.
@@ -120,7 +127,12 @@ def frequency_matching_loss(
         )
         if mask is not None:
             mask = mask.to(dtype)
-        return FrequencyLoss(*band_energies(batch_difference(prediction, target, coefficients, mask), config))
+        difference = batch_difference(prediction, target, coefficients, mask)
+        if across_processes and config.scope == "global" and there_are_several():
+            difference = sum_over_processes(difference, len(prediction), mean=config.reduction == "mean")
+        if memory is not None:
+            difference = memory.join(difference)
+        return FrequencyLoss(*band_energies(difference, config))
 
 
 def band_error_maps(difference: Tensor, config: FreqLossConfig) -> Bands:
@@ -187,7 +199,8 @@ def batch_weights(
     r"""w_i: the given sample weights times what ``config`` asks for; shape (B,), or a number that holds for all.
 
     - ``sample_weights = "min_snr"``: `min_snr_weights`.
-    - ``timesteps = "own"``: 1 where min_timestep <= t < max_timestep, otherwise 0.
+    - ``timesteps = "own"``: 1 where min_timestep <= t < max_timestep, otherwise 0. (In the other modes the trainer asks
+      for the loss of batches at one timestep inside the window alone.)
 
     Raises:
         ValueError: min_snr for flow or sample, where it is not defined; a window without timesteps.

@@ -16,16 +16,13 @@ SHARE_STEPS = 50
 SMALL_SHARE, LARGE_SHARE = 0.01, 0.5
 
 
-def describe(
-    config: FreqLossConfig, model: str, network_module: str, *, graphs: int = 2, features: Features | None = None
-) -> list[str]:
+def describe(config: FreqLossConfig, model: str, network_module: str, *, features: Features | None = None) -> list[str]:
     """The lines of the block at the start: which options are in force and what they cost.
 
     Args:
         config: the options.
         model: what is trained, for people: ``SDXL (prediction type epsilon)``.
         network_module: the module that made the network.
-        graphs: how many autograd graphs are alive at a time where there is an extra pass.
         features: those of the guidance token, where it is on.
     """
     token = _describe_token(config, features)
@@ -40,7 +37,8 @@ def describe(
     shown["freq_loss_network_module"] = network_module
     lines = [f"freq_loss {__version__}: on for {model}"]
     lines += [f"  {key} = {value}{_remark(key, config)}" for key, value in shown.items() if _matters(key, config)]
-    lines.append(f"  cost: {_cost(config, graphs)}")
+    memory = f"; {config.memory} latents per bucket are kept" if config.memory else ""
+    lines.append(f"  cost: {_cost(config)}{memory}")
     return [*lines, *token]
 
 
@@ -110,16 +108,20 @@ def _matters(key: str, config: FreqLossConfig) -> bool:
     needs_method = {"freq_loss_wavelet": "wavelet", "freq_loss_levels": "wavelet", "freq_loss_cutoff": "fft"}
     if key in needs_method:
         return config.resolved_method == needs_method[key]
+    if key == "freq_loss_memory_decay":
+        return config.memory > 0
     # The guidance token has a line of its own.
     return key != "guidance_token" and (key != "min_snr_gamma" or config.sample_weights == "min_snr")
 
 
-def _cost(config: FreqLossConfig, graphs: int) -> str:
+def _cost(config: FreqLossConfig) -> str:
     if config.timesteps == "unified":
-        time = "one extra forward and backward pass per batch, so about twice the time per step"
-        if graphs == 1:
-            return f"{time}; one graph is alive at a time; freq_loss_timesteps = 'own' needs no extra pass"
-        return f"{time} and up to twice the activation memory; freq_loss_timesteps = 'own' needs neither"
+        return (
+            "one extra forward and backward pass per batch, so about twice the time per step; one graph is alive at a "
+            "time, so no more memory; freq_loss_timesteps = 'shared' needs no extra pass"
+        )
+    if config.timesteps == "shared":
+        return "no extra pass; a few plain MSEs in batches that share a timestep in the window, nothing in the others"
     return "no extra pass; a few plain MSEs per batch"
 
 
@@ -130,9 +132,9 @@ def _window_warnings(config: FreqLossConfig, min_timestep: int | None, max_times
     if config.min_timestep >= first and config.max_timestep <= end:
         return []
     overlap = range(max(first, config.min_timestep), min(end, config.max_timestep))
-    if config.timesteps == "own" and not overlap:
+    if config.timesteps != "unified" and not overlap:
         effect = "no sample is ever inside it, and the term is always 0"
-    elif config.timesteps == "own":
+    elif config.timesteps != "unified":
         effect = f"only {overlap.start}..{overlap.stop} of it is ever drawn"
     else:
         effect = "the extra pass trains timesteps that the base loss leaves alone"

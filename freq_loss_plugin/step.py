@@ -1,14 +1,14 @@
 """What a trainer needs around the loss in one step, the same in sd-scripts and in the engine of this project.
 
-The timestep of the unified pass (`unified_timestep`), random numbers that disturb nobody else's
-(`separate_random_stream`), and the numbers of the term, read without waiting for the device and checked before the
-optimizer runs (`TermMonitor`).
+The timestep of the unified pass (`unified_timestep`), those of a batch that may share one (`shared_timesteps`), random
+numbers that disturb nobody else's (`separate_random_stream`), and the numbers of the term, read without waiting for the
+device and checked before the optimizer runs (`TermMonitor`).
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -35,6 +35,44 @@ def unified_timestep(config: FreqLossConfig, seed: int | None, number: int) -> i
     continues the sequence.
     """
     return random.Random(stream_name(seed, number)).randrange(config.min_timestep, config.max_timestep)
+
+
+def shared_timesteps(
+    draw: Callable[[int], Tensor], count: int, config: FreqLossConfig, name: str, process: int = 0
+) -> tuple[Tensor, float | None]:
+    """Timesteps of a batch that shares one where it lies in the window, each sample's distribution being the base one.
+
+    One timestep is drawn from the base distribution. If min_timestep <= t < max_timestep, the whole batch takes it,
+    which so happens with the window's own probability; otherwise every sample draws for itself until it is outside. So
+    a sample's t is inside with the right probability and, given that, distributed as the base distribution is there;
+    only the samples of one batch depend on each other.
+
+    Args:
+        draw: n timesteps from the base distribution, shape (n,), on the CPU and the scale 0..1000, from torch's default
+            generator.
+        count: samples in the batch.
+        config: its window is used.
+        name: of the random stream; every process of a training that passes the same one takes the same decision.
+        process: number of this process; outside the window each draws for itself.
+
+    Returns:
+        Timesteps of shape (count,), and the shared one or None.
+    """
+    host = torch.device("cpu")
+
+    def inside(timesteps: Tensor) -> Tensor:
+        return (timesteps >= config.min_timestep) & (timesteps < config.max_timestep)
+
+    with separate_random_stream(name, host):
+        first = draw(1)
+    if inside(first).item():
+        return first.expand(count), first.item()
+    outside: list[Tensor] = []
+    with separate_random_stream(f"{name}:{process}", host):
+        while sum(map(len, outside)) < count:
+            drawn = draw(max(count, 8))
+            outside.append(drawn[~inside(drawn)])
+    return torch.cat(outside)[:count], None
 
 
 @contextmanager

@@ -3,11 +3,14 @@
 `LossHook.install` replaces five methods on the running trainer *object* (its class and sd-scripts' files stay as they
 are). The order of calls in one step:
 
-    process_batch                  the trainer's own, unchanged -> base loss
-      get_noise_pred_and_target    the trainer's own; its arguments and results are kept
-    get_noise_pred_and_target      unified only: once more at one t for the batch, in a random stream of its own
-    frequency_matching_loss        added to the base loss
-    (backward, by sd-scripts)
+    process_batch                  the trainer's own
+      get_noise_pred_and_target    unified only: first at one t for the batch, in a random stream of its own
+        frequency_matching_loss
+        backward                   at once, so that the graph of one pass is alive at a time
+      get_noise_pred_and_target    the trainer's own pass
+        frequency_matching_loss    own and shared: of this pass
+    -> base loss + term
+    (backward, by sd-scripts; of a unified term only the value is left)
     all_reduce_network             before it: stop if the term was not finite; the weights are still untouched
     (optimizer step, by sd-scripts)
     generate_step_logs             the scalars join the trainer's
@@ -27,24 +30,39 @@ from torch import Tensor
 
 from freq_loss_plugin import FreqLossConfig, FrequencyLoss, frequency_matching_loss, guidance
 from freq_loss_plugin.latents import PredictionType
+from freq_loss_plugin.memory import ResidualMemory
 from freq_loss_plugin.report import ShareReport
-from freq_loss_plugin.step import TermMonitor, separate_random_stream, stream_name, unified_timestep
+from freq_loss_plugin.step import (
+    TermMonitor,
+    separate_random_stream,
+    shared_timesteps,
+    stream_name,
+    unified_timestep,
+)
 
 from . import report
 from .guidance import TokenGuidance
-from .trainers import Training, UnsupportedTrainerError, at_one_timestep, first_step
+from .memory import KeptMemory
+from .trainers import (
+    Training,
+    UnsupportedTrainerError,
+    at_one_timestep,
+    at_timesteps,
+    first_step,
+    timestep_drawer,
+)
 
 # sd-scripts casts its timesteps to the training dtype; bfloat16 has steps of 4 in 512..1000.
 _TIMESTEP_TOLERANCE = 4.0
 
 
-class _Pass(NamedTuple):
-    """One call of ``get_noise_pred_and_target``: what it was given and what it returned."""
+class _Term(NamedTuple):
+    """The frequency term of a batch, and what it was computed from."""
 
-    arguments: inspect.BoundArguments
+    loss: FrequencyLoss
     prediction: Tensor
     target: Tensor
-    timesteps: Tensor
+    timesteps: Tensor | float
 
 
 class LossHook:
@@ -69,13 +87,16 @@ class LossHook:
         self._prediction_type: PredictionType = training.family.prediction_type(training.args)
         self._originals: dict[str, Any] = {}
         self._signatures: dict[str, inspect.Signature] = {}
-        self._base_pass: _Pass | None = None
-        self._keep_pass = False
+        # The training batch under way, as process_batch was given it, and its term once there is one.
+        self._batch: dict[str, Any] | None = None
+        self._term: _Term | None = None
+        self._memory = KeptMemory(config, training.args) if config.memory else None
         self._monitor = TermMonitor()
         self._share = ShareReport(getattr(training.args, "max_train_steps", None))
         self._last_scalars: dict[str, float] = {}
         self._schedules: dict[torch.device, Tensor] = {}
-        self._timestep_was_obeyed = False
+        self._timesteps_were_obeyed = False
+        self._told_of_two_graphs = False
         self.step = first_step(training.args)
         self._passes = self.step * (getattr(training.args, "gradient_accumulation_steps", None) or 1)
 
@@ -110,6 +131,8 @@ class LossHook:
             if getattr(self._trainer, name) != original:  # it had one of its own, not its class
                 setattr(self._trainer, name, original)
         self._originals.clear()
+        if self._memory is not None:
+            self._memory.leave()
         del self._trainer._freq_loss_hook
 
     # What the trainer calls
@@ -122,28 +145,34 @@ class LossHook:
             return original(*arguments, **named)
         if not call["is_train"]:
             return original(*arguments, **named)
-        self._keep_pass = True
+        self._batch = call
         base_loss = original(*arguments, **named)
-        base_pass, self._base_pass, self._keep_pass = self._base_pass, None, False
-        if base_pass is None:
+        term, self._term, self._batch = self._term, None, None
+        if term is None:
             raise UnsupportedTrainerError(
                 f"{type(self._trainer).__name__}.process_batch did not call get_noise_pred_and_target, in which the "
                 "frequency loss finds the prediction; this sd-scripts is newer than this plug-in knows"
             )
-        term = self._frequency_term(base_pass, base_loss, call)
-        return base_loss + term.total.to(base_loss.dtype)
+        self._monitor.add(base_loss, *term)
+        return base_loss + term.loss.total.to(base_loss.dtype)
 
     def _get_noise_pred_and_target(self, *arguments: Any, **named: Any) -> Any:
-        original = self._originals["get_noise_pred_and_target"]
         call = self._signatures["get_noise_pred_and_target"].bind(*arguments, **named)
-        if self._tokens is None:
-            results = original(*arguments, **named)
-        else:
+        if self._tokens is not None:
             given = call.arguments
             given["text_encoder_conds"] = self._tokens.put_in(given["batch"], given["text_encoder_conds"])
-            results = original(*call.args, **call.kwargs)
-        if self._keep_pass:
-            self._base_pass = _Pass(call, *results[:3])
+        if self._batch is None:
+            return self._originals["get_noise_pred_and_target"](*call.args, **call.kwargs)
+        if self._config.timesteps == "unified":
+            self._term = self._unified_term(call, self._batch)
+            return self._originals["get_noise_pred_and_target"](*call.args, **call.kwargs)
+        if self._config.timesteps == "shared":
+            results, timestep = self._pass_at_shared_timesteps(call, self._batch)
+            self._term = self._compute(self._batch, results, timestep)
+            return results
+        results = self._originals["get_noise_pred_and_target"](*call.args, **call.kwargs)
+        timesteps = results[2].to(self._batch["accelerator"].device) * self._family.timestep_scale
+        self._term = self._compute(self._batch, results, timesteps)
         return results
 
     def _sample_images(self, *arguments: Any, **named: Any) -> Any:
@@ -178,42 +207,82 @@ class LossHook:
 
     # The term
 
-    def _frequency_term(self, base_pass: _Pass, base_loss: Tensor, call: dict[str, Any]) -> FrequencyLoss:
-        """The frequency loss of this batch; the monitor gets its numbers."""
+    def _compute(self, call: dict[str, Any], results: Any, timesteps: Tensor | float | None) -> _Term:
+        """The term of a pass; 0 where the timesteps are None, which is a batch that shares none in the window."""
+        prediction, target, drawn = results[:3]
         batch, device = call["batch"], call["accelerator"].device
-        timesteps: Tensor | float
-        if self._config.timesteps == "unified":
-            timesteps, used = self._unified_pass(base_pass, call["accelerator"])
-        else:
-            used = base_pass
-            timesteps = used.timesteps.to(device) * self._family.timestep_scale
-        term = frequency_matching_loss(
-            used.prediction,
-            used.target,
+        if timesteps is None:
+            return _Term(FrequencyLoss(*torch.zeros(3, device=device)), prediction, target, drawn)
+        loss = frequency_matching_loss(
+            prediction,
+            target,
             prediction_type=self._prediction_type,
             timesteps=timesteps,
             alphas_cumprod=self._schedule(call["noise_scheduler"], timesteps),
             sample_weights=_loss_weights(batch, device),
-            mask=_mask(batch, self._args, used.prediction),
+            mask=_mask(batch, self._args, prediction),
             config=self._config,
+            memory=self._memory_of(call),
+            across_processes=True,
         )
-        self._monitor.add(base_loss, term, used.prediction, used.target, timesteps)
-        return term
+        return _Term(loss, prediction, target, timesteps)
 
-    def _unified_pass(self, base_pass: _Pass, accelerator: Any) -> tuple[int, _Pass]:
+    def _memory_of(self, call: dict[str, Any]) -> ResidualMemory | None:
+        if self._memory is not None:
+            self._memory.save_with(call["accelerator"])
+        return self._memory
+
+    def _unified_term(self, call: inspect.BoundArguments, batch: dict[str, Any]) -> _Term:
+        """The term of an extra pass at one timestep for the batch, propagated where that can be done at once."""
+        accelerator = batch["accelerator"]
+        results, timestep = self._unified_pass(call, accelerator)
+        term = self._compute(batch, results, timestep)
+        if not term.loss.total.requires_grad or not self._propagates_at_once(accelerator):
+            return term
+        # The graph of a trained text encoder is part of both passes; that of the extra pass ends with this method.
+        accelerator.backward(term.loss.total, retain_graph=_have_a_graph(call.arguments["text_encoder_conds"]))
+        loss = FrequencyLoss(*(number.detach() for number in term.loss))
+        return term._replace(loss=loss, prediction=term.prediction.detach(), target=term.target.detach())
+
+    def _propagates_at_once(self, accelerator: Any) -> bool:
+        """DeepSpeed counts backward passes to know when a step is due, so there must be one for each batch."""
+        if str(accelerator.distributed_type).rpartition(".")[2] != "DEEPSPEED":
+            return True
+        if not self._told_of_two_graphs:
+            self._told_of_two_graphs = True
+            report.tell(report.TWO_GRAPHS)
+        return False
+
+    def _unified_pass(self, call: inspect.BoundArguments, accelerator: Any) -> tuple[Any, int]:
         """Run the trainer's own pass once more at one timestep for the batch; the noise differs between processes."""
         seed, number = self._args.seed, self._passes
         self._passes += 1
         timestep = unified_timestep(self._config, seed, number)
         stream = f"{stream_name(seed, number)}:{accelerator.process_index}"
-        arguments = dict(base_pass.arguments.arguments)
-        arguments["args"] = at_one_timestep(arguments["args"], timestep)
         with separate_random_stream(stream, accelerator.device):
-            call = inspect.BoundArguments(base_pass.arguments.signature, arguments)
-            results = self._originals["get_noise_pred_and_target"](*call.args, **call.kwargs)
-        if not self._timestep_was_obeyed:
-            self._check_timestep(results[2], timestep)
-        return timestep, _Pass(call, *results[:3])
+            results = self._call_with(call, at_one_timestep(call.arguments["args"], timestep))
+        self._check_timesteps(results[2], [timestep] * len(results[2]))
+        return results, timestep
+
+    def _pass_at_shared_timesteps(
+        self, call: inspect.BoundArguments, batch: dict[str, Any]
+    ) -> tuple[Any, float | None]:
+        """The trainer's pass, at one timestep inside the window for the batch, or at several outside it."""
+        args, latents = call.arguments["args"], call.arguments["latents"]
+        name = f"{stream_name(self._args.seed, self._passes)}:shared"
+        self._passes += 1
+        draw = timestep_drawer(self._family, args, batch["noise_scheduler"], latents)
+        process = batch["accelerator"].process_index
+        timesteps, shared = shared_timesteps(draw, len(latents), self._config, name, process)
+        with at_timesteps(self._family, args, timesteps, latents.device) as changed:
+            results = self._call_with(call, changed)
+        self._check_timesteps(results[2], timesteps.tolist())
+        return results, shared
+
+    def _call_with(self, call: inspect.BoundArguments, args: argparse.Namespace) -> Any:
+        """The trainer's own ``get_noise_pred_and_target`` with other arguments of the training."""
+        changed = inspect.BoundArguments(call.signature, {**call.arguments, "args": args})
+        return self._originals["get_noise_pred_and_target"](*changed.args, **changed.kwargs)
 
     def _schedule(self, noise_scheduler: Any, timesteps: Tensor | float) -> Tensor | None:
         """alpha_bar where the timesteps are: sd-scripts moves its own copy between CPU and GPU in every step."""
@@ -230,15 +299,17 @@ class LossHook:
             self._schedules[device] = schedule.detach().to(device=device, dtype=torch.float32)
         return self._schedules[device]
 
-    def _check_timestep(self, returned: Tensor, asked: int) -> None:
-        """Once per training: did the trainer really use the timestep that it was asked for?"""
+    def _check_timesteps(self, returned: Tensor, asked: list[float]) -> None:
+        """Once per training: did the trainer really use the timesteps that it was asked for?"""
+        if self._timesteps_were_obeyed:
+            return
         found = (returned.detach().float() * self._family.timestep_scale).flatten().tolist()
-        if any(abs(timestep - asked) > _TIMESTEP_TOLERANCE for timestep in found):
+        if any(abs(one - other) > _TIMESTEP_TOLERANCE for one, other in zip(found, asked, strict=True)):
             raise UnsupportedTrainerError(
-                f"asked {type(self._trainer).__name__} for timestep {asked}, and got {found}: this sd-scripts draws "
+                f"asked {type(self._trainer).__name__} for timesteps {asked}, and got {found}: this sd-scripts draws "
                 "its timesteps in a way that kohya_patch does not know; set freq_loss_timesteps = 'own'"
             )
-        self._timestep_was_obeyed = True
+        self._timesteps_were_obeyed = True
 
     # What the user sees of it
 
@@ -258,6 +329,10 @@ def _loss_weights(batch: Any, device: torch.device) -> Tensor | None:
     """sd-scripts' weight of each sample: prior_loss_weight for regularisation images, otherwise 1."""
     weights = batch.get("loss_weights")
     return None if weights is None else weights.to(device, non_blocking=True)
+
+
+def _have_a_graph(conditions: Any) -> bool:
+    return any(isinstance(each, Tensor) and each.grad_fn is not None for each in conditions)
 
 
 def _mask(batch: Any, args: argparse.Namespace, like: Tensor) -> Tensor | None:

@@ -144,17 +144,17 @@ def _check_against_trainer(config: FreqLossConfig, args: argparse.Namespace, fam
     zero_terminal_snr = bool(getattr(args, "zero_terminal_snr", False))
     config.check_model(family.prediction_type(args), zero_terminal_snr=zero_terminal_snr)
     shape = getattr(args, "model_prediction_type", "raw")
-    if config.timesteps == "own" and family.prediction == "flow" and shape != "raw":
+    if config.timesteps != "unified" and family.prediction == "flow" and shape != "raw":
         raise ConfigError(
-            f"freq_loss_timesteps = 'own' with model_prediction_type = {shape!r}: sd-scripts then compares a reshaped "
-            "prediction with a bare velocity, whose difference is no error of a latent; set model_prediction_type = "
-            "'raw' (what sd-scripts' guides recommend), or freq_loss_timesteps = 'unified'"
+            f"freq_loss_timesteps = {config.timesteps!r} with model_prediction_type = {shape!r}: sd-scripts then "
+            "compares a reshaped prediction with a bare velocity, whose difference is no error of a latent; set "
+            "model_prediction_type = 'raw' (what sd-scripts' guides recommend), or freq_loss_timesteps = 'unified'"
         )
     if config.timesteps == "unified" and getattr(args, "blocks_to_swap", None):
         raise ConfigError(
-            f"freq_loss_timesteps = 'unified' with blocks_to_swap = {args.blocks_to_swap}: swapped blocks allow one "
-            "forward pass per backward pass, and unified needs two; set freq_loss_timesteps = 'own', or remove "
-            "blocks_to_swap"
+            f"freq_loss_timesteps = 'unified' with blocks_to_swap = {args.blocks_to_swap}: blocks are swapped for one "
+            "forward and one backward pass per step, and nobody has tried two; set freq_loss_timesteps = 'shared', or "
+            "remove blocks_to_swap"
         )
     resolution = _smallest_side(getattr(args, "resolution", None))
     if resolution:

@@ -8,14 +8,20 @@ from freq_loss_plugin import FreqLossConfig
 from freq_loss_plugin.guidance import Features
 from freq_loss_plugin.report import Remark, describe, warnings
 
-from .trainers import Training
+from .trainers import Training, is_main_process
 
 logger = logging.getLogger("kohya_patch")
+
+TWO_GRAPHS = Remark(
+    "under DeepSpeed both passes of unified are propagated together, so up to twice the activation memory; "
+    "freq_loss_timesteps = 'shared' needs no extra pass",
+    True,
+)
 
 
 def announce(training: Training, config: FreqLossConfig, network_module: str, features: Features | None = None) -> None:
     """Say once what is on, what it costs, and which settings do little."""
-    if not _is_main_process():
+    if not is_main_process():
         return
     args, family = training.args, training.family
     model = f"{family.name} (prediction type {family.prediction_type(args)})"
@@ -28,15 +34,9 @@ def announce(training: Training, config: FreqLossConfig, network_module: str, fe
 
 def tell(remark: Remark | None) -> None:
     """Log a remark on the term's share of the loss."""
-    if remark is not None and _is_main_process():
+    if remark is not None and is_main_process():
         logger.log(logging.WARNING if remark.is_warning else logging.INFO, "freq_loss: %s", remark.text)
 
 
 def _smallest_batch(training: Training) -> int | None:
     return min(training.batch_sizes, default=getattr(training.args, "train_batch_size", None))
-
-
-def _is_main_process() -> bool:
-    from accelerate import PartialState
-
-    return PartialState().is_main_process

@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Literal
+
+import torch
+from torch import Tensor
 
 from freq_loss_plugin.latents import NUM_TRAIN_TIMESTEPS, PredictionType
 
@@ -36,6 +41,7 @@ class Family:
         prediction: ``"scheduler"``: epsilon or v_prediction over a DDPM schedule; ``"flow"``: velocity; ``"sample"``:
             the trainer itself turns the prediction into a clean latent.
         timestep_scale: what multiplies the timesteps it returns to reach 0..1000.
+        draws: the module of sd-scripts in which it draws its timesteps.
         guidance: whether the guidance token is defined for it: one CLIP text encoder, whose last token is replaced.
     """
 
@@ -43,6 +49,7 @@ class Family:
     network_module: str
     prediction: Literal["scheduler", "flow", "sample"]
     timestep_scale: float = 1.0
+    draws: str = "library.train_util"
     guidance: bool = False
 
     def prediction_type(self, args: argparse.Namespace) -> PredictionType:
@@ -52,29 +59,31 @@ class Family:
         return self.prediction
 
 
+_FLUX = "library.flux_train_utils"
+
 # Keyed by class name, because SD1/2 is trained by a class of `__main__`.
 FAMILIES: dict[str, Family] = {
     "NetworkTrainer": Family("SD1.x / SD2.x", "networks.lora", "scheduler", guidance=True),
     "SdxlNetworkTrainer": Family("SDXL", "networks.lora", "scheduler"),
-    "Sd3NetworkTrainer": Family("SD3", "networks.lora_sd3", "sample"),
-    "FluxNetworkTrainer": Family("FLUX / Chroma", "networks.lora_flux", "flow"),
+    "Sd3NetworkTrainer": Family("SD3", "networks.lora_sd3", "sample", draws="library.sd3_train_utils"),
+    "FluxNetworkTrainer": Family("FLUX / Chroma", "networks.lora_flux", "flow", draws=_FLUX),
     # Lumina predicts x0 - n, the negative of the others; the loss is a square.
-    "LuminaNetworkTrainer": Family("Lumina Image", "networks.lora_lumina", "flow"),
-    "HunyuanImageNetworkTrainer": Family("Hunyuan Image", "networks.lora_hunyuan_image", "flow"),
-    "AnimaNetworkTrainer": Family("Anima", "networks.lora_anima", "flow", timestep_scale=NUM_TRAIN_TIMESTEPS),
+    "LuminaNetworkTrainer": Family("Lumina Image", "networks.lora_lumina", "flow", draws="library.lumina_train_util"),
+    "HunyuanImageNetworkTrainer": Family("Hunyuan Image", "networks.lora_hunyuan_image", "flow", draws=_FLUX),
+    "AnimaNetworkTrainer": Family("Anima", "networks.lora_anima", "flow", NUM_TRAIN_TIMESTEPS, _FLUX),
 }
 
 # Methods that the hook replaces on the running trainer, with the parameters that it reads. Nothing else is relied on.
 NEEDED: dict[str, tuple[str, ...]] = {
     "process_batch": ("batch", "noise_scheduler", "accelerator", "args", "is_train"),
-    "get_noise_pred_and_target": ("args", "latents", "is_train"),
+    "get_noise_pred_and_target": ("args", "latents", "text_encoder_conds", "is_train"),
     "all_reduce_network": (),
     "generate_step_logs": (),
     "update_metadata": ("metadata", "args"),
 }
 # What the guidance token needs beyond that.
 NEEDED_FOR_GUIDANCE: dict[str, tuple[str, ...]] = {
-    "get_noise_pred_and_target": ("batch", "text_encoder_conds"),
+    "get_noise_pred_and_target": ("batch",),
     "sample_images": ("accelerator", "unet"),
 }
 
@@ -144,11 +153,88 @@ def at_one_timestep(args: argparse.Namespace, timestep: int) -> argparse.Namespa
     fixed = copy.copy(args)
     fixed.min_timestep = fixed.max_timestep = timestep
     sigma = timestep / NUM_TRAIN_TIMESTEPS
-    fixed.timestep_sampling = "shift"
-    fixed.sigmoid_scale = 0.0
-    fixed.discrete_flow_shift = sigma / (1 - sigma)
+    _fix_sigma(fixed, sigma / (1 - sigma))
     fixed.model_prediction_type = "raw"
     return fixed
+
+
+def timestep_drawer(
+    family: Family, args: argparse.Namespace, noise_scheduler: Any, latents: Tensor
+) -> Callable[[int], Tensor]:
+    """How the trainer would draw timesteps for such latents: n of them, on the CPU, on the scale 0..1000.
+
+    Its own function is called, with empty latents of one channel, since that also makes noisy latents.
+
+    Raises:
+        UnsupportedTrainerError: it is not there, or asks for something unknown.
+    """
+    module, host = importlib.import_module(family.draws), torch.device("cpu")
+    if family.prediction == "scheduler":
+        function = _drawing_function(module, "get_timesteps")
+        first = 0 if args.min_timestep is None else args.min_timestep
+        end = noise_scheduler.config.num_train_timesteps if args.max_timestep is None else args.max_timestep
+        return lambda count: function(first, end, count, host)
+    function = _drawing_function(module, "get_noisy_model_input_and_timesteps")
+    parameters = inspect.signature(function).parameters
+
+    def draw(count: int) -> Tensor:
+        empty = torch.zeros(count, 1, *latents.shape[2:])
+        known = {"args": args, "noise_scheduler": noise_scheduler, "latents": empty, "noise": empty}
+        known |= {"device": host, "dtype": torch.float32}
+        timesteps: Tensor = function(**{name: known[name] for name in parameters})[1]
+        return timesteps
+
+    return draw
+
+
+@contextmanager
+def at_timesteps(
+    family: Family, args: argparse.Namespace, timesteps: Tensor, device: torch.device
+) -> Iterator[argparse.Namespace]:
+    """Arguments with which the trainer, as long as this lasts, gives its samples these timesteps, shape (B,).
+
+    - SD1/2 and SDXL call ``get_timesteps`` of their module, which is another one meanwhile.
+    - SD3 and the flow trainers calculate with their arguments, which may be tensors as well (see `at_one_timestep`).
+    """
+    if family.prediction == "scheduler":
+        module = importlib.import_module(family.draws)
+        original = module.get_timesteps
+
+        def given(first: int, end: int, count: int, where: torch.device) -> Tensor:
+            original(first, end, count, where)  # so that what is drawn after it stays the same
+            return timesteps.to(where)
+
+        module.get_timesteps = given  # type: ignore[attr-defined]
+        try:
+            yield args
+        finally:
+            module.get_timesteps = original  # type: ignore[attr-defined]
+        return
+    fixed = copy.copy(args)
+    if family.prediction == "sample":
+        fixed.min_timestep = fixed.max_timestep = timesteps.long()
+    else:
+        sigma = (timesteps.float() / NUM_TRAIN_TIMESTEPS).clamp(max=1 - 1e-6)
+        _fix_sigma(fixed, (sigma / (1 - sigma)).to(device))
+    yield fixed
+
+
+def _fix_sigma(args: argparse.Namespace, shift: Tensor | float) -> None:
+    """Make the flow trainers use sigma = shift / (1 + shift)."""
+    args.timestep_sampling = "shift"
+    args.sigmoid_scale = 0.0
+    args.discrete_flow_shift = shift
+
+
+def _drawing_function(module: Any, name: str) -> Callable[..., Any]:
+    function: Callable[..., Any] | None = getattr(module, name, None)
+    if function is None:
+        raise UnsupportedTrainerError(
+            f"freq_loss_timesteps = 'shared' draws timesteps by {name} of sd-scripts' {module.__name__}, and there is "
+            "none of that name; this sd-scripts is newer or older than this plug-in knows. Set freq_loss_timesteps = "
+            "'unified'"
+        )
+    return function
 
 
 def first_step(args: argparse.Namespace) -> int:
@@ -163,6 +249,13 @@ def first_step(args: argparse.Namespace) -> int:
         return 0
     with open(state, encoding="utf-8") as file:
         return int(json.load(file)["current_step"])
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that talks and saves."""
+    from accelerate import PartialState
+
+    return PartialState().is_main_process
 
 
 def _callers() -> Iterator[FrameType]:

@@ -275,9 +275,10 @@ def test_every_picture_is_shown_as_often_as_it_is_repeated():
         (ON, {}),
         (dataclasses.replace(ON, timesteps="own", method="fft", min_timestep=0, max_timestep=1000), {}),
         (dataclasses.replace(ON, reduction="mean"), {"gradient_accumulation_steps": 2, "min_snr_gamma": 1.0}),
+        (dataclasses.replace(ON, timesteps="shared"), {"max_train_steps": 8}),
         (OFF, {}),
     ],
-    ids=["unified", "own", "accumulation and min-SNR", "off"],
+    ids=["unified", "own", "accumulation and min-SNR", "shared", "off"],
 )
 def test_the_numbers_are_the_formula(configure, monkeypatch, loss, changes):
     """Predictions and targets recorded in a real training, and base, low and high computed from them in float64."""
@@ -306,6 +307,11 @@ def test_the_numbers_are_the_formula(configure, monkeypatch, loss, changes):
             timesteps, prediction, target = passes[index + 1]
             assert len(set(timesteps.tolist())) == 1
             assert 200 <= timesteps[0] < 600
+        acts = loss.enabled
+        if loss.timesteps == "shared":
+            inside = (timesteps >= 200) & (timesteps < 600)
+            assert len(set(timesteps.tolist())) == 1 if inside.all() else not inside.any()
+            acts = bool(inside.all())
         share = 1 / len(timesteps) if loss.reduction == "mean" else 1.0
         low, high = oracle.loss(
             prediction,
@@ -317,13 +323,15 @@ def test_the_numbers_are_the_formula(configure, monkeypatch, loss, changes):
             weights=np.full(len(timesteps), share),
             bands=bands,
         )
-        found.append((base, low * loss.enabled, high * loss.enabled))
+        found.append((base, low * acts, high * acts))
     per_step = made.gradient_accumulation_steps
     for step, numbers in enumerate(outcome.history):
         expected = np.mean(found[step * per_step : (step + 1) * per_step], axis=0)
         assert (numbers.base, numbers.low, numbers.high) == pytest.approx(tuple(expected), rel=1e-4, abs=1e-9)
         total = loss.dist_match * (0.7 * expected[1] + 0.3 * expected[2])
         assert numbers.total == pytest.approx(total, rel=1e-4, abs=1e-9)
+    if loss.timesteps == "shared":
+        assert {numbers.total > 0 for numbers in outcome.history} == {True, False}
 
 
 def test_the_loss_changes_what_is_learned_and_nothing_else_of_the_base_pass(configure):
@@ -428,7 +436,8 @@ def test_diffusers_loads_the_file_and_draws_the_same_picture(configure):
 
 def test_a_resumed_training_is_the_uninterrupted_one(configure):
     settings_of = {"gradient_accumulation_steps": 2, "lr_scheduler": "cosine", "lr_warmup_steps": 1}
-    whole = training.train(configure(output_name="whole", **settings_of), ON)
+    loss = dataclasses.replace(ON, memory=3, memory_decay=0.9)
+    whole = training.train(configure(output_name="whole", **settings_of), loss)
     first = configure(output_name="parts", save_every_n_steps=3, **settings_of)
 
     class KilledError(Exception):
@@ -443,10 +452,10 @@ def test_a_resumed_training_is_the_uninterrupted_one(configure):
     training.Trainer._save = die_after_saving
     try:
         with pytest.raises(KilledError):
-            training.train(first, ON)
+            training.train(first, loss)
     finally:
         training.Trainer._save = save
-    resumed = training.train(first, ON, resume=True)
+    resumed = training.train(first, loss, resume=True)
     assert len(resumed.history) == 1
     assert resumed.history == whole.history[3:]
     assert_same(weights_of(resumed.lora), weights_of(whole.lora))

@@ -41,16 +41,18 @@ def assert_same_weights(left, right):
 
 
 def assert_scalars_are_the_formula(
-    run, *, dist_match, bands=oracle.wavelet_bands, prediction_type="epsilon", alphas=ALPHAS, weigh=None, rank=0
+    run, *, dist_match, bands=oracle.wavelet_bands, prediction_type="epsilon", alphas=ALPHAS, weigh=None, processes=1
 ):
-    """Every ``loss/freq_*`` of the run, recomputed in float64 from the recorded predictions and targets."""
-    batches = run.batches(rank)
+    """Every ``loss/freq_*`` of the run, recomputed in float64 from the predictions and targets of all processes."""
+    batches = run.batches()
+    of_all = list(zip(*(run.batches(rank) for rank in range(processes)), strict=True))
     assert len(batches) == len(run.scalars["loss/freq_low"]) > 0
     for index, batch in enumerate(batches):
-        used = batch.get("extra", batch["base"])
+        passes = [each.get("extra", each["base"]) for each in of_all[index]]
+        used = {key: torch.cat([each[key] for each in passes]) for key in ("prediction", "target", "timesteps")}
         prediction, target = (used[key].double().numpy() for key in ("prediction", "target"))
         timesteps = used["timesteps"].tolist()
-        weights = batch["loss_weights"].double().numpy()
+        weights = torch.cat([each["loss_weights"] for each in of_all[index]]).double().numpy()
         if weigh is not None:
             weights = weights * [weigh(t) for t in timesteps]
         mask = None
@@ -182,14 +184,30 @@ def test_bf16_with_gradient_checkpointing_and_text_encoder(sd_scripts, tmp_path)
     assert any(tensor.abs().sum() > 0 for tensor in text_encoder)
 
 
-def test_two_processes_draw_the_same_timestep_and_other_noise(sd_scripts, tmp_path):
+def test_two_processes_match_one_batch_at_the_same_timestep_with_noise_of_their_own(sd_scripts, tmp_path):
     run = sd_scripts.train(tmp_path, freq_loss={"dist_match": 0.01}, processes=2, max_train_steps=2)
     assert run.returncode == 0, run.output
-    assert_scalars_are_the_formula(run, dist_match=0.01)
+    assert_scalars_are_the_formula(run, dist_match=0.01, processes=2)
     assert run.output.count("on for SD1.x / SD2.x") == 1
     for first, second in zip(run.batches(0), run.batches(1), strict=True):
         assert torch.equal(first["extra"]["timesteps"], second["extra"]["timesteps"])
         assert not torch.equal(first["extra"]["target"], second["extra"]["target"])
+
+
+def test_shared_timesteps_need_no_extra_pass_and_processes_agree(sd_scripts, tmp_path):
+    options = {"dist_match": 0.01, "freq_loss_timesteps": "shared"}
+    run = sd_scripts.train(tmp_path, freq_loss=options, processes=2, max_train_steps=6, train_text_encoder=False)
+    assert run.returncode == 0, run.output
+    assert run.metadata["ss_freq_loss_timesteps"] == "shared"
+    shared = []
+    for first, second in zip(run.batches(0), run.batches(1), strict=True):
+        assert "extra" not in first
+        drawn = torch.cat([first["base"]["timesteps"], second["base"]["timesteps"]])
+        inside = (drawn >= 200) & (drawn < 600)
+        shared.append(bool(inside.all()))
+        assert len(set(drawn.tolist())) == 1 if shared[-1] else not inside.any()
+    assert set(shared) == {True, False}
+    assert [value > 0 for value in run.scalars["loss/freq_total"]] == shared
 
 
 def test_continues_from_weights(sd_scripts, plain, tmp_path):
@@ -228,14 +246,31 @@ def test_validation_is_that_of_sd_scripts(sd_scripts, tmp_path):
 
 def test_resuming_continues_the_sequence_of_timesteps_and_noise(sd_scripts, tmp_path):
     settings = {"save_every_n_steps": 2, "save_state": True, "max_train_steps": 4}
-    whole = sd_scripts.train(tmp_path / "whole", freq_loss={"dist_match": 0.01}, **settings)
+    options = {"dist_match": 0.01, "freq_loss_memory": 2, "freq_loss_memory_decay": 0.5}
+    whole = sd_scripts.train(tmp_path / "whole", freq_loss=options, **settings)
     state = tmp_path / "whole" / "lora-step00000002-state"
     assert state.is_dir(), whole.output
-    resumed = sd_scripts.train(tmp_path / "resumed", freq_loss={"dist_match": 0.01}, resume=str(state), **settings)
+    resumed = sd_scripts.train(tmp_path / "resumed", freq_loss=options, resume=str(state), **settings)
     assert resumed.returncode == 0, resumed.output
     for late, first in zip(whole.batches()[2:], resumed.batches(), strict=False):
         assert torch.equal(late["extra"]["timesteps"], first["extra"]["timesteps"])
         assert torch.equal(late["extra"]["target"], first["extra"]["target"])
+    # The memory goes on as well: the first step after the pause joins the two before it.
+    joined = [residual_sum(batch) for batch in (*whole.batches()[:2], resumed.batches()[0])]
+    low, high = oracle.wavelet_bands((joined[2] + 0.5 * joined[1] + 0.25 * joined[0])[None])
+    assert resumed.scalars["loss/freq_low"][0] == pytest.approx((low**2).mean(), rel=1e-4)
+    assert resumed.scalars["loss/freq_high"][0] == pytest.approx((high**2).mean(), rel=1e-4)
+    # sd-scripts without the plug-in takes such a state, too.
+    plain = sd_scripts.train(tmp_path / "plain", resume=str(state), **settings)
+    assert plain.returncode == 0, plain.output
+
+
+def residual_sum(batch):
+    """D of a recorded batch at one timestep, epsilon prediction."""
+    used = batch["extra"]
+    alpha_bar = ALPHAS[used["timesteps"][0]]
+    difference = (used["prediction"].double() - used["target"].double()).sum(dim=0).numpy()
+    return -((1 - alpha_bar) ** 0.5) / alpha_bar**0.5 * difference
 
 
 def test_a_diverging_training_stops_and_the_last_file_stays_whole(sd_scripts, tmp_path):

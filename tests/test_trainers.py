@@ -11,6 +11,7 @@ import functools
 import logging
 import random
 import sys
+import weakref
 from pathlib import Path
 
 import hosts
@@ -23,7 +24,7 @@ from torch import autocast
 import freq_loss_plugin.report
 from freq_loss_plugin import ConfigError, FreqLossConfig
 from freq_loss_plugin.report import ShareReport
-from freq_loss_plugin.step import DeferredScalars, NonFiniteLossError
+from freq_loss_plugin.step import DeferredScalars, NonFiniteLossError, shared_timesteps
 from kohya_patch import network, report
 from kohya_patch.hook import LossHook
 from kohya_patch.trainers import (
@@ -34,6 +35,7 @@ from kohya_patch.trainers import (
     check_trainer,
     find_training,
     first_step,
+    timestep_drawer,
 )
 
 HOST_FOLDER = Path(__file__).parent / "sd_scripts_host"
@@ -100,7 +102,7 @@ def test_unified_adds_the_formula_of_an_extra_pass_at_one_timestep(stand_ins, na
         loss = stand_in.process_batch()
         assert torch.equal(torch.rand(3), next_draw)
         assert random.getstate() == python_state
-        first, extra = stand_in.passes
+        extra, first = stand_in.passes
         for seen, untouched in zip(first, base_pass, strict=True):
             assert torch.equal(seen, untouched)
         timesteps = extra[2].float() * (1000 if name == "anima" else 1)
@@ -133,6 +135,181 @@ def test_own_adds_the_formula_of_the_base_pass(stand_ins, name):
 
 @pytest.mark.host
 @pytest.mark.parametrize("name", NAMES)
+def test_two_backward_passes_add_up_to_the_gradient_of_the_sum(stand_ins, name, monkeypatch):
+    """The unified pass is propagated first; under DeepSpeed, where it cannot be, both together and with a reason."""
+    found, told = {}, []
+    monkeypatch.setattr(report.logger, "log", lambda level, *words: told.append(words[-1]))
+    for kind in ("NO", "DEEPSPEED"):
+        stand_in = stand_ins.make(name, gradient_accumulation_steps=2)
+        stand_in.accelerator.gradient_accumulation_steps = 2
+        hook = install(stand_in, FreqLossConfig(dist_match=5.0))
+        monkeypatch.setattr(hook, "_propagates_at_once", functools.partial(asked, hook._propagates_at_once, kind))
+        for _ in range(2):
+            loss = stand_in.process_batch()
+            (left,) = torch.autograd.grad(loss, stand_in.denoiser.mix, retain_graph=True)
+            stand_in.accelerator.backward(loss)
+        found[kind] = loss.item(), stand_in.denoiser.mix.grad, left
+    assert found["NO"][0] == found["DEEPSPEED"][0]
+    torch.testing.assert_close(found["NO"][1], found["DEEPSPEED"][1], rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(found["NO"][2], found["DEEPSPEED"][2], rtol=1e-3)
+    assert [words for words in told if "under DeepSpeed" in words] == [report.TWO_GRAPHS.text]
+
+
+def asked(propagates_at_once, kind, accelerator):
+    from accelerate.utils import DistributedType
+
+    return propagates_at_once(argparse.Namespace(distributed_type=DistributedType[kind]))
+
+
+@pytest.mark.host
+def test_a_trained_text_encoder_is_part_of_both_passes(stand_ins):
+    """Its graph is there once and is propagated twice."""
+    gradients = {}
+    for together in (False, True):
+        stand_in = stand_ins.make("sd15")
+        words = torch.randn(3, 7, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        call_unet = stand_in.trainer.call_unet
+
+        def reads_the_text(args, accelerator, unet, noisy, timesteps, conds, *rest, **named):
+            predicted = call_unet(args, accelerator, unet, noisy, timesteps, conds, *rest, **named)  # noqa: B023
+            return predicted + conds[0].mean(dim=(1, 2)).view(-1, 1, 1, 1)
+
+        stand_in.trainer.call_unet = reads_the_text
+        stand_in.batch["text_encoder_outputs_list"] = [words.sin()]
+        hook = install(stand_in, FreqLossConfig(dist_match=5.0))
+        if together:
+            hook._propagates_at_once = lambda _: False
+        stand_in.accelerator.backward(stand_in.process_batch())
+        gradients[together] = words.grad
+    assert gradients[False].abs().sum() > 0
+    torch.testing.assert_close(gradients[False], gradients[True])
+
+
+class SavedBytes:
+    """How much autograd keeps for backward passes, now and at most."""
+
+    def __init__(self):
+        self.now = self.most = 0
+
+    def pack(self, tensor):
+        kept = _Kept(tensor)
+        size = tensor.numel() * tensor.element_size()
+        self.now += size
+        self.most = max(self.most, self.now)
+        weakref.finalize(kept, self._drop, size)
+        return kept
+
+    def _drop(self, size):
+        self.now -= size
+
+
+class _Kept:
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
+@pytest.mark.host
+def test_unified_keeps_no_more_for_backward_passes_than_plain_training(stand_ins):
+    most = {}
+    for dist_match, together in ((0.0, False), (0.1, False), (0.1, True)):
+        stand_in = stand_ins.make("sd15")
+        layer, depth = stand_in.denoiser.forward, 40
+
+        def deep(x, *others, **named):
+            sample = layer(x, *others, **named)  # noqa: B023
+            for _ in range(depth):  # noqa: B023
+                sample = type(sample)(layer(sample.sample.tanh()).sample)  # noqa: B023
+            return sample
+
+        stand_in.denoiser.forward = deep
+        hook = install(stand_in, FreqLossConfig(dist_match=dist_match))
+        if together:
+            hook._propagates_at_once = lambda _: False
+        kept = SavedBytes()
+        with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda kept: kept.tensor):
+            stand_in.accelerator.backward(stand_in.process_batch())
+        most[dist_match, together] = kept.most
+    assert most[0.1, False] <= 1.05 * most[0.0, False]
+    assert most[0.1, True] > 1.9 * most[0.0, False]  # so it can be seen
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("name", NAMES)
+def test_shared_adds_the_formula_where_the_batch_shares_a_timestep(stand_ins, name):
+    stand_in = stand_ins.make(name)
+    config = FreqLossConfig(dist_match=0.1, timesteps="shared")
+    hook = install(stand_in, config)
+    stand_in.denoiser.calls, seen = 0, set()
+    for count in range(1, 21):
+        loss = stand_in.process_batch()
+        assert stand_in.denoiser.calls == len(stand_in.passes) * count == count
+        timesteps = stand_in.passes[0][2].float() * (1000 if name == "anima" else 1)
+        inside = (timesteps.round() >= 200) & (timesteps.round() < 600)
+        (numbers,) = hook._monitor.settle(1)
+        seen.add(bool(inside.all()))
+        if not inside.all():
+            assert not inside.any() or name == "hunyuan_image"  # cut to whole numbers: 199.9 may read 199
+            assert numbers.total == 0
+            continue
+        assert (timesteps - timesteps[0]).abs().max() < 1e-3
+        low, high = expected_bands(stand_in, stand_in.passes[0])
+        tolerance = 0.02 if name == "hunyuan_image" else 1e-4
+        assert numbers.total == pytest.approx(0.1 * (0.7 * low + 0.3 * high), rel=tolerance)
+        assert loss.item() == pytest.approx(numbers.base + numbers.total, rel=1e-5)
+    assert seen == {True, False}
+    (gradient,) = torch.autograd.grad(loss, stand_in.denoiser.mix)
+    assert gradient.isfinite().all()
+
+
+def kolmogorov_smirnov(a, b):
+    """The distance of two samples' distributions, in units in which 1.95 is exceeded by chance once in a thousand."""
+    both = np.sort(np.concatenate([a, b]))
+    cumulated = (np.searchsorted(np.sort(each), both, side="right") / len(each) for each in (a, b))
+    distance = np.abs(np.subtract(*cumulated)).max()
+    return distance * (len(a) * len(b) / (len(a) + len(b))) ** 0.5
+
+
+# What the trainers can draw from: uniform, min/max_timestep, and the samplings and weightings with shapes of their own.
+DISTRIBUTIONS = [
+    ("sd15", {}),
+    ("sdxl", {"min_timestep": 100, "max_timestep": 700}),
+    ("sd3", {"weighting_scheme": "logit_normal", "logit_mean": -0.5, "logit_std": 1.0, "training_shift": 2.0}),
+    ("flux", {"timestep_sampling": "sigmoid"}),
+    ("flux", {"timestep_sampling": "flux_shift"}),
+    ("flux", {"timestep_sampling": "sigma", "weighting_scheme": "mode", "mode_scale": 1.29}),
+    ("lumina", {"timestep_sampling": "nextdit_shift"}),
+    ("hunyuan_image", {"timestep_sampling": "shift", "discrete_flow_shift": 3.0}),
+    ("anima", {"timestep_sampling": "uniform"}),
+]
+
+
+@pytest.mark.host
+@pytest.mark.parametrize(
+    ("name", "arguments"), DISTRIBUTIONS, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_shared_timesteps_are_distributed_as_the_trainer_draws_them(stand_ins, name, arguments):
+    """2,000 batches of three against 20,000 timesteps of the trainer's own function."""
+    stand_in = stand_ins.make(name, **arguments)
+    hook = install(stand_in, FreqLossConfig(dist_match=0.1, timesteps="shared"))
+    stand_in.process_batch()
+    draw = timestep_drawer(hook._family, stand_in.args, stand_in.scheduler, stand_in.batch["latents"])
+    expected = torch.cat([draw(500) for _ in range(40)])
+    found, alone = [], []
+    for number in range(2000):
+        timesteps, shared = shared_timesteps(draw, 3, hook._config, str(number))
+        found.append(timesteps.float())
+        if shared is None:
+            alone.append(len(set(timesteps.tolist())))
+    # One test for each place in the batch: within a batch they are not independent.
+    for place in (0, 2):
+        assert kolmogorov_smirnov(torch.stack(found)[:, place].numpy(), expected.float().numpy()) < 1.95  # 0.1%
+    inside = ((expected >= 200) & (expected < 600)).float().mean().item()
+    assert 1 - len(alone) / 2000 == pytest.approx(inside, abs=4 * (inside * (1 - inside) / 2000) ** 0.5 + 0.01)
+    assert np.mean(alone) > 2.5
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("name", NAMES)
 def test_validation_and_other_trainings_are_left_alone(stand_ins, name):
     stand_in = stand_ins.make(name)
     base = stand_in.process_batch(is_train=False)
@@ -150,8 +327,8 @@ def test_unified_reads_the_bare_velocity_however_the_base_loss_reshapes_it(stand
     for stand_in in (raw, reshaped):
         install(stand_in, FreqLossConfig(dist_match=0.1))
         stand_in.process_batch()
-    assert torch.equal(raw.passes[1][0], reshaped.passes[1][0])
-    assert not torch.equal(raw.passes[0][0], reshaped.passes[0][0])
+    assert torch.equal(raw.passes[0][0], reshaped.passes[0][0])
+    assert not torch.equal(raw.passes[1][0], reshaped.passes[1][0])
 
 
 @pytest.mark.host
@@ -166,7 +343,7 @@ def test_masked_loss_masks_the_latents_by_the_conditioning_images(stand_ins, nam
     base = stand_in.process_batch()
     install(stand_in, FreqLossConfig(dist_match=0.1))
     loss = stand_in.process_batch()
-    low, high = expected_bands(stand_in, stand_in.passes[1], mask=masks.double().numpy()[:, None])
+    low, high = expected_bands(stand_in, stand_in.passes[0], mask=masks.double().numpy()[:, None])
     assert (loss - base).item() == pytest.approx(0.1 * (0.7 * low + 0.3 * high), rel=1e-4)
 
 
@@ -179,11 +356,12 @@ def test_float16_autocast_with_a_gradient_scaler(stand_ins):
         scaler = torch.amp.GradScaler("cpu", enabled=half, init_scale=2.0**10)
         stand_in.accelerator.autocast = lambda: autocast("cpu", dtype=torch.float16, enabled=half)  # noqa: B023
         install(stand_in, FreqLossConfig(dist_match=0.1))
+        stand_in.accelerator.scaler = scaler
         optimizer = torch.optim.SGD(stand_in.denoiser.parameters(), lr=0.0)
-        scaler.scale(stand_in.process_batch()).backward()
+        stand_in.accelerator.backward(stand_in.process_batch())
         if half:
             scaler.unscale_(optimizer)
-        predictions[half] = stand_in.passes[1][0]
+        predictions[half] = stand_in.passes[0][0]
         gradients[half] = stand_in.denoiser.mix.grad.clone()
     error = (gradients[True] - gradients[False]).norm() / gradients[False].norm()
     assert error < 5e-3
@@ -212,10 +390,10 @@ def test_differential_output_preservation(stand_ins):
     base = stand_in.process_batch()
     install(stand_in, FreqLossConfig(dist_match=0.1))
     loss = stand_in.process_batch()
-    prediction, target, _ = stand_in.passes[1]
+    prediction, target, _ = stand_in.passes[0]
     assert torch.equal(prediction[0], target[0])
     assert not torch.equal(prediction[1], target[1])
-    low, high = expected_bands(stand_in, stand_in.passes[1])
+    low, high = expected_bands(stand_in, stand_in.passes[0])
     assert (loss - base).item() == pytest.approx(0.1 * (0.7 * low + 0.3 * high), rel=1e-4)
     assert multipliers == [0.0, 1.0] * 3
 
@@ -245,7 +423,7 @@ def test_a_trainer_that_ignores_the_timestep_is_refused(stand_ins):
 
     stand_in.trainer.get_noise_pred_and_target = stubborn
     install(stand_in, FreqLossConfig(dist_match=0.1))
-    with pytest.raises(UnsupportedTrainerError, match=r"asked NetworkTrainer for timestep \d+.*900.*'own'"):
+    with pytest.raises(UnsupportedTrainerError, match=r"asked NetworkTrainer for timesteps \[\d+.*900.*'own'"):
         stand_in.process_batch()
 
 
@@ -285,7 +463,7 @@ def test_no_option_of_sd_scripts_looks_like_one_of_ours(stand_ins, name):
             {"freq_loss_timesteps": "own", "model_prediction_type": "sigma_scaled"},
             ["'own'", "'sigma_scaled'", "model_prediction_type = 'raw'", "'unified'"],
         ),
-        ("flux", {"blocks_to_swap": 10}, ["'unified'", "blocks_to_swap = 10", "'own'"]),
+        ("flux", {"blocks_to_swap": 10}, ["'unified'", "blocks_to_swap = 10", "'shared'"]),
         (
             "sd15",
             {"zero_terminal_snr": True, "freq_loss_max_timestep": 1000},
@@ -331,7 +509,7 @@ class NetworkTrainer:
 
     def process_batch(self, batch, noise_scheduler, accelerator, args, is_train=True): ...
 
-    def get_noise_pred_and_target(self, args, latents, is_train=True): ...
+    def get_noise_pred_and_target(self, args, latents, text_encoder_conds, is_train=True): ...
 
     def all_reduce_network(self, accelerator, network): ...
 
@@ -362,9 +540,11 @@ def test_a_missing_method_is_named(missing):
 
 def test_a_missing_parameter_is_named():
     class Moved(NetworkTrainer):
-        def get_noise_pred_and_target(self, args, clean, is_train=True): ...
+        def get_noise_pred_and_target(self, args, clean, text_encoder_conds, is_train=True): ...
 
-    with pytest.raises(UnsupportedTrainerError, match=r"parameter latents of .*found .*\(args, clean, is_train\)"):
+    with pytest.raises(
+        UnsupportedTrainerError, match=r"parameter latents of .*found .*\(args, clean, text_encoder_conds, is_train\)"
+    ):
         check_trainer(Moved())
     check_trainer(NetworkTrainer())
 

@@ -37,8 +37,9 @@ from .. import guidance, report
 from ..config import FreqLossConfig
 from ..latents import NUM_TRAIN_TIMESTEPS
 from ..loss import FrequencyLoss, frequency_matching_loss, min_snr_weights
+from ..memory import ResidualMemory
 from ..options import ConfigError
-from ..step import NonFiniteLossError, TermMonitor, TermNumbers, stream_name, unified_timestep
+from ..step import NonFiniteLossError, TermMonitor, TermNumbers, shared_timesteps, stream_name, unified_timestep
 from . import lora_file
 from .dataset import Batches, DataSet, Example, find
 from .lora_file import TEXT_ENCODER, UNET
@@ -144,6 +145,7 @@ class Trainer:
         # Twice, so that looking up alpha_bar moves nothing between them in a step.
         self._alphas_on_host = model.scheduler.alphas_cumprod.float()
         self._alphas_on_device = self._alphas_on_host.to(accelerator.device)
+        self._memory = ResidualMemory(loss) if loss.memory else None
         self._monitor = TermMonitor()
         self._share = report.ShareReport(settings.max_train_steps)
         self._history: list[TermNumbers] = []
@@ -215,19 +217,25 @@ class Trainer:
         examples = [self._data.examples[index] for index in chosen]
         generator = _generator(f"base:{self._settings.seed}:{number}")
         window = self._settings.min_timestep or 0, self._settings.max_timestep or NUM_TRAIN_TIMESTEPS
-        drawn = torch.randint(*window, (len(chosen),), generator=generator).to(latents.device)
+        drawn, shared = torch.randint(*window, (len(chosen),), generator=generator), None
+        if self._loss.enabled and self._loss.timesteps == "shared":
+            name = f"{stream_name(self._settings.seed, number)}:shared"
+            drawn, shared = shared_timesteps(lambda n: torch.randint(*window, (n,)), len(chosen), self._loss, name)
+        drawn = drawn.to(latents.device)
         prediction, target = self._pass(latents, drawn, examples, generator)
         base = self._base_loss(prediction, target, drawn)
         term = FrequencyLoss(*torch.zeros(3, device=base.device))
         timesteps: Tensor | float = drawn
         if self._loss.enabled and self._loss.timesteps == "own":
-            term = self._term(prediction, target, drawn)
+            term = self._term(prediction, target, drawn, self._memory)
+        elif shared is not None:
+            term = self._term(prediction, target, shared, self._memory)
         self._accumulate(base + term.total)
         if self._loss.enabled and self._loss.timesteps == "unified":
             timesteps = unified_timestep(self._loss, self._settings.seed, number)
             generator = _generator(stream_name(self._settings.seed, number))
             prediction, target = self._pass(latents, torch.full_like(drawn, timesteps), examples, generator)
-            term = self._term(prediction, target, timesteps)
+            term = self._term(prediction, target, timesteps, self._memory)
             self._accumulate(term.total)
         self._monitor.add(base, term, prediction, target, timesteps)
 
@@ -253,7 +261,13 @@ class Trainer:
             )
         return per_sample.mean()
 
-    def _term(self, prediction: Tensor, target: Tensor, timesteps: Tensor | float) -> FrequencyLoss:
+    def _term(
+        self,
+        prediction: Tensor,
+        target: Tensor,
+        timesteps: Tensor | float,
+        memory: ResidualMemory | None = None,
+    ) -> FrequencyLoss:
         return frequency_matching_loss(
             prediction,
             target,
@@ -261,6 +275,7 @@ class Trainer:
             timesteps=timesteps,
             alphas_cumprod=self._alphas_on_device if isinstance(timesteps, Tensor) else self._alphas_on_host,
             config=self._loss,
+            memory=memory,
         )
 
     def _accumulate(self, loss: Tensor) -> None:
@@ -338,6 +353,7 @@ class Trainer:
             "optimizer": self._optimizer.state_dict(),
             "schedule": self._schedule.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
+            "memory": self._memory.state_dict() if self._memory is not None else {},
         }
         lora_file.write_whole(self._settings.state_file, lambda part: torch.save(state, part))
         self._saved = self._step, file
@@ -349,6 +365,8 @@ class Trainer:
         self._schedule.load_state_dict(state["schedule"])
         if state["scaler"] is not None:
             self._accelerator.scaler.load_state_dict(state["scaler"])
+        if self._memory is not None:
+            self._memory.load_state_dict(state["memory"])
         self._step = state["step"]
         print(f"going on after step {self._step}")
 
@@ -366,7 +384,7 @@ def _accelerator(settings: Settings) -> Accelerator:
 def _announce(settings: Settings, loss: FreqLossConfig, data: DataSet, accelerator: Accelerator) -> None:
     family = "SD2.x" if settings.v2 else "SD1.x"
     model = f"{family} (prediction type {settings.prediction_type})"
-    print("\n".join(report.describe(loss, model, lora_file.NETWORK_MODULE, graphs=1, features=data.features)))
+    print("\n".join(report.describe(loss, model, lora_file.NETWORK_MODULE, features=data.features)))
     shown = sum(example.repeats for example in data.examples)
     print(f"  {len(data.examples)} pictures, {shown} per epoch, on {accelerator.device}")
     window = settings.min_timestep, settings.max_timestep

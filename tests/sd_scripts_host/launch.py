@@ -96,7 +96,7 @@ def _record_passes(record: str) -> None:
             event = {key: tensor.detach().clone() for key, tensor in event.items()}
             event["captions"] = list(given["batch"]["captions"])
             is_train = bool(given["is_train"])
-            events.append({"kind": "pass", "extra": not inside_process_batch, "is_train": is_train, **event})
+            events.append({"kind": "pass", "extra": given["args"] is not args, "is_train": is_train, **event})
             return results
 
         @functools.wraps(process)

@@ -56,14 +56,15 @@ class Run:
     def batches(self, rank: int = 0) -> list[dict[str, Any]]:
         """The training batches: each with its base pass, its base loss and, where there was one, its extra pass."""
         found: list[dict[str, Any]] = []
-        events = [event for event in self.events(rank) if event.get("is_train")]
-        for event in events:
+        extra: dict[str, Any] = {}  # comes first
+        for event in (event for event in self.events(rank) if event.get("is_train")):
             if event["kind"] == "base_loss":
                 found[-1] |= {key: value for key, value in event.items() if key != "kind"}
-            elif found and "loss" in found[-1] and "extra" not in found[-1] and event["extra"]:
-                found[-1]["extra"] = event
+            elif event["extra"]:
+                extra = {"extra": event}
             else:
-                found.append({"base": event})
+                found.append({"base": event} | extra)
+                extra = {}
         return found
 
 
