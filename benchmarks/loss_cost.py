@@ -1,6 +1,7 @@
 """What the loss costs: forward and backward on latents, side by side with plain MSE, in one run.
 
-    python benchmarks/loss_cost.py [--device cuda] [--repeats 50]
+    pip install wavelet-loss ptwt focal-frequency-loss        where they are missing, their columns are left out
+    python benchmarks/loss_cost.py [--device cuda] [--repeats 30]
 
 The arms take turns in changing order, so that a machine whose speed drifts hurts them alike; the table shows medians as
 multiples of `F.mse_loss` forward and backward on the same tensors.
@@ -8,25 +9,45 @@ multiples of `F.mse_loss` forward and backward on the same tensors.
 - mse            F.mse_loss
 - formula, …     spec'd as written: recover 2B latents, decompose each with the usual library, sum, compare; the wavelet
                  by pytorch_wavelets' DWTForward and DWTInverse (made once), the FFT by fftshift and a disc
+- formula, ptwt  the same by ptwt's wavedec2 and waverec2
+- wavelet-loss   PyPI's WaveletLoss at its defaults: an MSE of weighted wavelet coefficients, sample by sample
+- focal          PyPI's focal frequency loss at its defaults: an MSE of the spectrum, weighted by its own error
 - ours, …        `freq_loss_plugin.frequency_matching_loss`
+
+The other losses are other losses: they are here for their cost alone. A second table shows the most memory that tensors
+hold during forward and backward, beyond the two inputs, as multiples of one of them (the gradient of plain MSE is one).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import math
 import platform
 import random
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from freq_loss_plugin import FreqLossConfig, frequency_matching_loss, wavelet_library
 
-SHAPES = [(4, 4, 64, 64), (4, 4, 128, 128), (32, 4, 64, 64), (4, 16, 256, 256)]
+# Channels and size of latents by model and resolution, and batches of each.
+LATENTS = {
+    "SD1.5, 512 px": (4, 64, 64),
+    "SDXL, 1024 px": (4, 128, 128),
+    "FLUX, 1024 px": (16, 128, 128),
+    "FLUX, 2048 px": (16, 256, 256),
+}
+BATCHES = (1, 4, 16, 64)
+# Elements of the largest batch that is measured: 64 of SDXL, 4 of FLUX at 2048 px.
+LARGEST = 2**22
 TIMESTEP = 400
 
 
@@ -92,10 +113,38 @@ def ours(method: str, device: torch.device) -> Callable[[Tensor, Tensor, Tensor]
     return loss
 
 
+def others(device: torch.device) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    """The losses of other packages, where these are installed."""
+    arms: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {}
+    with contextlib.suppress(ImportError):
+        import ptwt
+
+        def split(latents: Tensor) -> tuple[Tensor, Tensor]:
+            low, *details = ptwt.wavedec2(latents, "db3", mode="zero", level=2)
+            zeros = [type(detail)(*map(torch.zeros_like, detail)) for detail in details]
+            height, width = latents.shape[-2:]
+            bands = (ptwt.waverec2(each, "db3") for each in ((low, *zeros), (torch.zeros_like(low), *details)))
+            first, second = (band[..., :height, :width] for band in bands)
+            return first, second
+
+        arms["formula, ptwt"] = formula(split)
+    with contextlib.suppress(ImportError):
+        wavelet_library.load()
+        from wavelet_loss import WaveletLoss
+
+        wavelet_loss = WaveletLoss(device=device)
+        arms["wavelet-loss"] = lambda prediction, target, noisy: wavelet_loss(prediction, target)[0]
+    with contextlib.suppress(ImportError):
+        from focal_frequency_loss import FocalFrequencyLoss
+
+        focal = FocalFrequencyLoss()
+        arms["focal"] = lambda prediction, target, noisy: focal(prediction, target)
+    return arms
+
+
 def measure(arms: dict[str, Callable], shape: tuple[int, ...], device: torch.device, repeats: int) -> dict[str, float]:
     """Median seconds of forward and backward per arm, the arms taking turns."""
-    prediction, target, noisy = (torch.randn(shape, device=device) for _ in range(3))
-    prediction.requires_grad_()
+    prediction, target, noisy = inputs(shape, device)
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for repeat in range(repeats + 3):
         # In an order of its own each time: an arm that follows a large one finds the caches cold.
@@ -110,6 +159,45 @@ def measure(arms: dict[str, Callable], shape: tuple[int, ...], device: torch.dev
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+class Held(TorchDispatchMode):
+    """Bytes that tensors hold, now and at most; what an operator needs inside itself is not seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else (made,):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                self._alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self._alive = {key: kept for key, kept in self._alive.items() if not kept[0].expired()}
+        self.most = max(self.most, sum(size for _, size in self._alive.values()))
+        return made
+
+
+def memory(arms: dict[str, Callable], shape: tuple[int, ...], device: torch.device) -> dict[str, float]:
+    """Most bytes held in one forward and backward pass per arm, as multiples of one input."""
+    found = {}
+    for name, arm in arms.items():
+        prediction, target, noisy = inputs(shape, device)
+        arm(prediction, target, noisy).backward()  # whatever is made once
+        prediction.grad = None
+        with Held() as held:
+            arm(prediction, target, noisy).backward()
+        of_inputs = {tensor.untyped_storage()._cdata for tensor in (prediction, target, noisy)}
+        assert not of_inputs & held._alive.keys()
+        found[name] = held.most / (prediction.numel() * prediction.element_size())
+    return found
+
+
+def inputs(shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    prediction, target, noisy = (torch.randn(shape, device=device) for _ in range(3))
+    return prediction.requires_grad_(), target, noisy
+
+
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -118,24 +206,33 @@ def _wait(device: torch.device) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--repeats", type=int, default=30)
     options = parser.parse_args()
     device = torch.device(options.device)
     arms: dict[str, Callable] = {
         "mse": lambda prediction, target, noisy: F.mse_loss(prediction, target),
         "formula, wavelet": formula(library_wavelet(device)),
         "formula, fft": formula(shifted_fft),
+        **others(device),
         "ours, wavelet": ours("wavelet", device),
         "ours, fft": ours("fft", device),
     }
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, Python {platform.python_version()}, {where}, float32\n")
-    print(f"| latents | mse | {' | '.join(list(arms)[1:])} |")
-    print("|---" * (len(arms) + 1) + "|")
-    for shape in SHAPES:
+    batches = [(name, batch, (batch, *latent)) for name, latent in LATENTS.items() for batch in BATCHES]
+    batches = [each for each in batches if math.prod(each[2]) <= LARGEST]
+    print(f"| latents | batch | mse | {' | '.join(list(arms)[1:])} |")
+    print("|---" * (len(arms) + 2) + "|")
+    for name, batch, shape in batches:
         medians = measure(arms, shape, device, options.repeats)
-        ratios = [f"×{medians[name] / medians['mse']:.1f}" for name in list(arms)[1:]]
-        print(f"| {'×'.join(map(str, shape))} | {medians['mse'] * 1e6:.0f} µs | {' | '.join(ratios)} |")
+        ratios = [f"×{medians[arm] / medians['mse']:.1f}" for arm in list(arms)[1:]]
+        print(f"| {name} | {batch} | {medians['mse'] * 1e6:.0f} µs | {' | '.join(ratios)} |", flush=True)
+    print(f"\n| memory | batch | {' | '.join(arms)} |")
+    print("|---" * (len(arms) + 2) + "|")
+    for name, batch, shape in batches:
+        if batch in (4, 64):
+            held = memory(arms, shape, device)
+            print(f"| {name} | {batch} | {' | '.join(f'{value:.1f}' for value in held.values())} |")
 
 
 if __name__ == "__main__":
