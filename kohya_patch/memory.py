@@ -8,7 +8,9 @@ from typing import Any
 
 from freq_loss_plugin import FreqLossConfig
 from freq_loss_plugin.memory import ResidualMemory
+from freq_loss_plugin.report import Remark
 
+from . import report
 from .trainers import is_main_process
 
 FILE = "freq_loss_memory.safetensors"
@@ -22,7 +24,8 @@ class KeptMemory(ResidualMemory):
 
     Args:
         config: the options.
-        args: sd-scripts' arguments; a state to resume from without the file is one of a training without a memory.
+        args: sd-scripts' arguments; where a state to resume from lacks the file (it had no memory, or lies on the
+            Hugging Face Hub), the memory begins anew, and says so.
     """
 
     def __init__(self, config: FreqLossConfig, args: argparse.Namespace) -> None:
@@ -33,6 +36,8 @@ class KeptMemory(ResidualMemory):
             from safetensors.torch import load_file
 
             self.load_state_dict(load_file(file))
+        elif getattr(args, "resume", None):
+            report.tell(Remark(f"freq_loss_memory begins anew: {file} is not there, or another process's", True))
 
     def save_with(self, accelerator: Any) -> None:
         """Be saved whenever ``accelerator`` saves a state; to be called before it does."""

@@ -202,7 +202,7 @@ def at_timesteps(
 
         def given(first: int, end: int, count: int, where: torch.device) -> Tensor:
             original(first, end, count, where)  # so that what is drawn after it stays the same
-            return timesteps.to(where)
+            return timesteps.to(where, non_blocking=True)
 
         module.get_timesteps = given  # type: ignore[attr-defined]
         try:
@@ -215,7 +215,7 @@ def at_timesteps(
         fixed.min_timestep = fixed.max_timestep = timesteps.long()
     else:
         sigma = (timesteps.float() / NUM_TRAIN_TIMESTEPS).clamp(max=1 - 1e-6)
-        _fix_sigma(fixed, (sigma / (1 - sigma)).to(device))
+        _fix_sigma(fixed, (sigma / (1 - sigma)).to(device, non_blocking=True))
     yield fixed
 
 
