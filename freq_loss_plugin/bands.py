@@ -55,13 +55,22 @@ def _constant(function: Function) -> Function:
 
 
 def operator(function: Function) -> Function:
-    """Remember the result for each size, device and dtype; constant to the compiler, to which a bare cache is not."""
-    remembered = lru_cache(maxsize=_CACHED_OPERATORS)(function)
+    """Remember the result for each size, device and dtype; constant to the compiler, to which a bare cache is not.
+
+    A tensor made under inference_mode could never be used for training afterwards, and these outlive their caller.
+    """
+
+    @lru_cache(maxsize=_CACHED_OPERATORS)
+    def remembered(*arguments: Any) -> Any:
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*arguments)
 
     @wraps(function)
     def look_up(*arguments: Any) -> Any:
         return remembered(*arguments)
 
+    # The compiler tells the constants of a graph apart by the name in the code.
+    look_up.__code__ = look_up.__code__.replace(co_name=function.__name__)
     for name in ("cache_clear", "cache_info"):
         setattr(look_up, name, getattr(remembered, name))
     return cast(Function, _constant(look_up))
@@ -183,16 +192,14 @@ def wavelet_low_pass(n: int, wavelet: str, levels: int, device: torch.device, dt
     """
     check_wavelet(wavelet)
     library = wavelet_library.load()
-    # A tensor made under inference_mode could never be used for training afterwards, and this one outlives the caller.
-    with torch.inference_mode(False), torch.no_grad():
-        forward = library.DWT1DForward(J=levels, wave=wavelet, mode="zero")
-        inverse = library.DWT1DInverse(wave=wavelet, mode="zero")
-        _use_exact_filters(forward, inverse, wavelet)
-        unit_vectors = torch.eye(n, dtype=torch.float64).unsqueeze(0)
-        approximation, details = forward(unit_vectors)
-        low_bands = inverse((approximation, [torch.zeros_like(detail) for detail in details]))
-        # Row j of low_bands is the low band of the j-th unit vector, hence column j of A.
-        return low_bands[0, :, :n].T.contiguous().to(dtype).to(device)
+    forward = library.DWT1DForward(J=levels, wave=wavelet, mode="zero")
+    inverse = library.DWT1DInverse(wave=wavelet, mode="zero")
+    _use_exact_filters(forward, inverse, wavelet)
+    unit_vectors = torch.eye(n, dtype=torch.float64).unsqueeze(0)
+    approximation, details = forward(unit_vectors)
+    low_bands = inverse((approximation, [torch.zeros_like(detail) for detail in details]))
+    # Row j of low_bands is the low band of the j-th unit vector, hence column j of A.
+    return low_bands[0, :, :n].T.contiguous().to(dtype).to(device)
 
 
 class LowPassFactors(NamedTuple):
@@ -208,12 +215,11 @@ def low_pass_factors(n: int, wavelet: str, levels: int, device: torch.device, dt
 
     Arguments and errors as there. Cached: treat the result as read-only.
     """
-    with torch.inference_mode(False), torch.no_grad():
-        matrix = wavelet_low_pass(n, wavelet, levels, torch.device("cpu"), torch.float64)
-        left, values, right = torch.linalg.svd(matrix)
-        rank = max(1, int((values > 1e-10 * values[0]).sum()))
-        up, down = left[:, :rank], values[:rank, None] * right[:rank]
-        return LowPassFactors(*(factor.contiguous().to(dtype).to(device) for factor in (up, down)))
+    matrix = wavelet_low_pass(n, wavelet, levels, torch.device("cpu"), torch.float64)
+    left, values, right = torch.linalg.svd(matrix)
+    rank = max(1, int((values > 1e-10 * values[0]).sum()))
+    up, down = left[:, :rank], values[:rank, None] * right[:rank]
+    return LowPassFactors(*(factor.contiguous().to(dtype).to(device) for factor in (up, down)))
 
 
 def _transformed_low_band(tensor: Tensor, wavelet: str, levels: int) -> Tensor:
@@ -282,19 +288,18 @@ def fft_weights(height: int, width: int, cutoff: float, device: torch.device, dt
     :math:`\sum_{x} band(x)^2 = \frac{1}{HW} \sum_{k \in band} |F_k|^2` over the full spectrum. The half spectrum holds
     each pair of conjugate columns once, so those count twice.
     """
-    with torch.inference_mode(False):
-        # fftfreq·n are the integer offsets from the centre (H//2, W//2) of the shifted spectrum.
-        rows = torch.fft.fftfreq(height, d=1 / height, dtype=torch.float64)
-        columns = torch.fft.rfftfreq(width, d=1 / width, dtype=torch.float64)
-        inside = rows[:, None] ** 2 + columns[None, :] ** 2 <= disc_radius(height, width, cutoff) ** 2
-        disc = inside.to(torch.float64)
-        multiplicity = torch.full((width // 2 + 1,), 2.0, dtype=torch.float64)
-        multiplicity[0] = 1.0
-        if width % 2 == 0:
-            multiplicity[-1] = 1.0
-        multiplicity /= height * width
-        weights = disc, disc * multiplicity, (1.0 - disc) * multiplicity
-        return FftWeights(*(weight.to(dtype).to(device) for weight in weights))
+    # fftfreq·n are the integer offsets from the centre (H//2, W//2) of the shifted spectrum.
+    rows = torch.fft.fftfreq(height, d=1 / height, dtype=torch.float64)
+    columns = torch.fft.rfftfreq(width, d=1 / width, dtype=torch.float64)
+    inside = rows[:, None] ** 2 + columns[None, :] ** 2 <= disc_radius(height, width, cutoff) ** 2
+    disc = inside.to(torch.float64)
+    multiplicity = torch.full((width // 2 + 1,), 2.0, dtype=torch.float64)
+    multiplicity[0] = 1.0
+    if width % 2 == 0:
+        multiplicity[-1] = 1.0
+    multiplicity /= height * width
+    weights = disc, disc * multiplicity, (1.0 - disc) * multiplicity
+    return FftWeights(*(weight.to(dtype).to(device) for weight in weights))
 
 
 def check_latent(tensor: Tensor, name: str) -> None:

@@ -8,8 +8,12 @@ the wavelet bands, with P D = A_H · D · A_W^T (see `freq_loss_plugin.bands`):
     dtotal/dD = 2/n · ( w_high·high + P^T (w_low·low - w_high·high) ),   high = D - P D,  n = C·H·W
     dtotal/dprediction_i = c_i·m_i · dtotal/dD
 
-A_n has a rank r of about n/2^J, so it is kept as up·down with orthonormal columns in ``up``: the products shrink by
-2^J, and L_low is read off the r×r middle. For the FFT bands P is a projection: the gradient is one inverse FFT.
+On a CPU arithmetic counts. A_n has a rank r of about n/2^J, so it is kept as up·down with orthonormal columns in
+``up``: the products shrink by 2^J, and L_low is read off the r×r middle. On an accelerator launches count: one product
+from the right and one from the left, with constant matrices, make the gradient and both bands at once
+(`_DenseEnergies`).
+
+For the FFT bands P is a projection: the gradient is one inverse FFT.
 """
 
 from __future__ import annotations
@@ -24,7 +28,9 @@ from .bands import (
     LowPassFactors,
     fft_weights,
     low_pass_factors,
+    operator,
     wavelet_low_band,
+    wavelet_low_pass,
 )
 from .config import FreqLossConfig
 
@@ -43,20 +49,34 @@ def batch_difference(prediction: Tensor, target: Tensor, coefficients: Tensor, m
     return cast(Tensor, _BatchDifference.apply(prediction, target, coefficients, mask))
 
 
-def band_energies(difference: Tensor, config: FreqLossConfig) -> tuple[Tensor, Tensor, Tensor]:
+def band_energies(
+    difference: Tensor, config: FreqLossConfig, *, room: int = 0, dense: bool | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """(total, L_low, L_high) of D, scalars; the gradient goes through ``total`` alone.
 
     ``total`` is ``dist_match·(low_weight·L_low + high_weight·L_high)``.
+
+    Args:
+        difference: D, shape (C, H, W) or (C, T, H, W).
+        config: the options.
+        room: elements of the largest tensor that may be made for it, such as those of the prediction.
+        dense: whether to save launches (True) or arithmetic; by the device where left out.
     """
     weights = config.dist_match * config.low_weight, config.dist_match * config.high_weight
+    if dense is None:
+        small = max(difference.shape[-2:]) <= _LARGEST_DENSE and _STACKED * difference.numel() <= room
+        dense = small and difference.device.type != "cpu"
     if config.resolved_method == "fft":
-        total, energies = _FftEnergies.apply(difference, *weights, config.cutoff)
+        total, energies = _FftEnergies.apply(difference, *weights, config.cutoff, dense)
+    elif dense:
+        total, energies = _DenseEnergies.apply(difference, *weights, config.wavelet, config.levels)
     elif max(difference.shape[-2:]) <= LARGEST_OPERATOR:
         total, energies = _WaveletEnergies.apply(difference, *weights, config.wavelet, config.levels)
     else:
         low = wavelet_low_band(difference, config.wavelet, config.levels)
         energies = torch.stack([low.square().mean(), (difference - low).square().mean()])
-        total, energies = _weigh(energies, weights), energies.detach()
+        vector = _vector(weights, difference.device, difference.dtype)
+        total, energies = torch.dot(energies, vector), energies.detach()
     return (total, *energies.unbind())
 
 
@@ -101,10 +121,14 @@ class _WaveletEnergies(torch.autograd.Function):
         ctx.save_for_backward(middle, high)
         ctx.rows, ctx.columns, ctx.weights, ctx.shape = rows, columns, (low_weight, high_weight), difference.shape
         ctx.mark_non_differentiable(energies)
-        return _weigh(energies, ctx.weights), energies
+        ctx.set_materialize_grads(False)
+        like = difference.device, difference.dtype
+        return torch.dot(energies, _vector((low_weight, high_weight), *like)), energies
 
     @staticmethod
-    def backward(ctx: Any, of_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, of_total: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        if of_total is None:
+            return None, None, None, None, None
         middle, high = ctx.saved_tensors
         with autocast(high.device.type, enabled=False):
             gradient = _wavelet_gradient(middle, high, ctx.rows, ctx.columns, ctx.weights)
@@ -129,30 +153,135 @@ def _each(matrix: Tensor, frames: Tensor) -> Tensor:
     return matrix.expand(len(frames), -1, -1)
 
 
+class _DenseEnergies(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, difference: Tensor, low_weight: float, high_weight: float, wavelet: str, levels: int
+    ) -> tuple[Tensor, Tensor]:
+        height, width = difference.shape[-2:]
+        frames = difference.reshape(-1, height, width)
+        like = difference.device, difference.dtype
+        weights = low_weight, high_weight
+        left = _left_products(height, frames.numel(), *weights, wavelet, levels, *like)
+        right = _right_products(width, wavelet, levels, *like)
+        # (frames, H, 4W) seen as (frames, 4H, W): rows of the four products take turns, as the columns of `left` do.
+        stacked = torch.mm(frames.reshape(-1, width), right).view(len(frames), _STACKED * height, width)
+        parts = torch.bmm(_each(left, frames), stacked).view(len(frames), 3, height, width)
+        energies = torch.linalg.vector_norm(parts.flatten(start_dim=2), dim=(0, 2)).square()
+        ctx.save_for_backward(parts)
+        ctx.shape = difference.shape
+        ctx.set_materialize_grads(False)
+        bands = energies[1:]
+        ctx.mark_non_differentiable(bands)
+        return torch.dot(bands, _vector(weights, *like)), bands
+
+    @staticmethod
+    def backward(ctx: Any, of_total: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        if of_total is None:
+            return None, None, None, None, None
+        (parts,) = ctx.saved_tensors
+        return (of_total * parts[:, 0]).view(ctx.shape), None, None, None, None
+
+
+# Blocks that are multiplied from the left; up to this side a GPU should not notice n/r times the arithmetic.
+_STACKED, _LARGEST_DENSE = 4, 256
+
+
+@operator
+def _right_products(n: int, wavelet: str, levels: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """[A^T | A | A^T·A | 1], which multiplies the frames of D from the right; shape (n, 4n)."""
+    matrix = wavelet_low_pass(n, wavelet, levels, torch.device("cpu"), torch.float64)
+    blocks = matrix.T, matrix, matrix.T @ matrix, torch.eye(n, dtype=torch.float64)
+    return torch.cat(blocks, dim=1).to(dtype).to(device)
+
+
+@operator
+def _left_products(
+    n: int,
+    elements: int,
+    low_weight: float,
+    high_weight: float,
+    wavelet: str,
+    levels: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    """What makes gradient, low and high of D·A^T, D·A, D·A^T·A and D; shape (3n, 4n).
+
+    With s = 2/elements and A for either side's matrix,
+
+        dtotal/dD = s·(w_high·D - w_high·(A·D·A^T + A^T·D·A) + (w_low + w_high)·A^T·A·D·A^T·A)
+
+    The bands are over sqrt(elements), so that their squares add up to means.
+    """
+    matrix = wavelet_low_pass(n, wavelet, levels, torch.device("cpu"), torch.float64)
+    nothing, one = torch.zeros_like(matrix), torch.eye(n, dtype=torch.float64)
+    scale, root = 2 / elements, elements**-0.5
+    both = scale * (low_weight + high_weight) * (matrix.T @ matrix)
+    rows = (
+        (-scale * high_weight * matrix, -scale * high_weight * matrix.T, both, scale * high_weight * one),
+        (root * matrix, nothing, nothing, nothing),
+        (-root * matrix, nothing, nothing, root * one),
+    )
+    # Columns in turn: the k-th of each block, then the next.
+    return torch.cat([torch.stack(row, dim=-1).flatten(start_dim=1) for row in rows]).to(dtype).to(device)
+
+
+@operator
+def _vector(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A few numbers on the device."""
+    return torch.tensor(values, device=device, dtype=dtype)
+
+
 class _FftEnergies(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, difference: Tensor, low_weight: float, high_weight: float, cutoff: float
+        ctx: Any, difference: Tensor, low_weight: float, high_weight: float, cutoff: float, dense: bool
     ) -> tuple[Tensor, Tensor]:
         height, width = difference.shape[-2:]
-        like = height, width, cutoff, difference.device, difference.dtype
+        like = difference.device, difference.dtype
         spectrum = torch.fft.rfft2(difference)
-        # |F|² summed over channels (and frames), per pixel of the latent because L_b is a mean.
-        power = torch.view_as_real(spectrum).square().sum(dim=-1).flatten(end_dim=-3).sum(dim=0)
-        weights = fft_weights(*like)
-        energies = torch.stack([_product(power, weights.low), _product(power, weights.high)]) / difference.numel()
+        squares = torch.view_as_real(spectrum).square()
+        count = difference.numel()
+        if dense:
+            energies = torch.mv(_parseval(height, width, cutoff, count, *like), squares.flatten())
+        else:
+            # |F|² summed over channels (and frames), per pixel of the latent because L_b is a mean.
+            power = squares.sum(dim=-1).flatten(end_dim=-3).sum(dim=0)
+            weights = fft_weights(height, width, cutoff, *like)
+            energies = torch.stack([_product(power, weights.low), _product(power, weights.high)]) / count
+        # Both bands are projections, so the gradient of a band's energy is twice that band.
         ctx.save_for_backward(spectrum)
-        ctx.like, ctx.weights, ctx.shape = like, (low_weight, high_weight), difference.shape
+        ctx.gains = _fft_gains(height, width, cutoff, 2 * low_weight / count, 2 * high_weight / count, *like)
+        ctx.shape = difference.shape
         ctx.mark_non_differentiable(energies)
-        return _weigh(energies, ctx.weights), energies
+        ctx.set_materialize_grads(False)
+        return torch.dot(energies, _vector((low_weight, high_weight), *like)), energies
 
     @staticmethod
-    def backward(ctx: Any, of_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        (spectrum,), (low_weight, high_weight) = ctx.saved_tensors, ctx.weights
-        # Both bands are projections, so the gradient of a band's energy is twice that band.
-        gains = high_weight + (low_weight - high_weight) * fft_weights(*ctx.like).disc
-        gradient = torch.fft.irfft2(spectrum * gains, s=ctx.shape[-2:])
-        return gradient.mul_(2 / gradient.numel() * of_total), None, None, None
+    def backward(ctx: Any, of_total: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        if of_total is None:
+            return None, None, None, None, None, None
+        (spectrum,) = ctx.saved_tensors
+        gradient = torch.fft.irfft2(spectrum * ctx.gains, s=ctx.shape[-2:])
+        return gradient.mul_(of_total), None, None, None, None, None
+
+
+@operator
+def _fft_gains(
+    height: int, width: int, cutoff: float, low: float, high: float, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """``low`` inside the disc, ``high`` outside, on the layout of `torch.fft.rfft2`."""
+    return high + (low - high) * fft_weights(height, width, cutoff, device, dtype).disc
+
+
+@operator
+def _parseval(height: int, width: int, cutoff: float, count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Two rows that turn squares of all real and imaginary parts into L_low and L_high; ``count`` elements of D."""
+    weights = fft_weights(height, width, cutoff, torch.device("cpu"), torch.float64)
+    frames = count // (height * width)
+    rows = [(each / count).expand(frames, -1, -1)[..., None].expand(-1, -1, -1, 2).flatten() for each in weights[1:]]
+    return torch.stack(rows).to(dtype).to(device)
 
 
 def _residual(prediction: Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
@@ -170,8 +299,3 @@ def _columns(batch: Tensor) -> Tensor:
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """The sum of a·b."""
     return torch.dot(a.reshape(-1), b.reshape(-1))
-
-
-def _weigh(energies: Tensor, weights: tuple[float, float]) -> Tensor:
-    """Of (L_low, L_high): the sum, weighted."""
-    return torch.add(weights[0] * energies[0], energies[1], alpha=weights[1])

@@ -24,10 +24,13 @@ per frequency band; this is the variant that adds to the plain diffusion loss an
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+import math
+from collections.abc import MutableMapping
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, autocast
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .bands import (
     Bands,
@@ -132,7 +135,7 @@ def frequency_matching_loss(
             difference = sum_over_processes(difference, len(prediction), mean=config.reduction == "mean")
         if memory is not None:
             difference = memory.join(difference)
-        return FrequencyLoss(*band_energies(difference, config))
+        return FrequencyLoss(*band_energies(difference, config, room=prediction.numel()))
 
 
 def band_error_maps(difference: Tensor, config: FreqLossConfig) -> Bands:
@@ -268,20 +271,70 @@ def _coefficients(
     config: FreqLossConfig,
     like: Tensor,
 ) -> Tensor:
-    """w_i·k_i over the reduction: what multiplies each sample's residual in D; a tensor like ``like``, shape (B,)."""
-    scale = residual_scale(prediction_type, timesteps, alphas_cumprod, sigmas)
-    weights = batch_weights(prediction_type, timesteps, alphas_cumprod, sigmas, sample_weights, config)
+    """w_i·k_i over the reduction: what multiplies each sample's residual in D; a tensor like ``like``, shape (B,).
+
+    For integer timesteps of a schedule it is looked up, so that a step launches one kernel for it instead of a dozen.
+    """
+    samples = len(like) if config.reduction == "mean" else 1
+    of_schedule = prediction_type in ("epsilon", "v_prediction") and isinstance(timesteps, Tensor)
+    if of_schedule and alphas_cumprod is not None and not torch.compiler.is_compiling():
+        assert isinstance(timesteps, Tensor)
+        table = _table(prediction_type, alphas_cumprod, timesteps.device, config, like.dtype, samples)
+        at = timesteps.flatten() if timesteps.dtype == torch.int64 else timesteps.long().flatten()
+        product: Tensor | float = table.values[at].to(like.device)
+        finite = table.finite
+    else:
+        scale = residual_scale(prediction_type, timesteps, alphas_cumprod, sigmas)
+        weights = batch_weights(prediction_type, timesteps, alphas_cumprod, sigmas, None, config)
+        finite = not isinstance(scale, Tensor) and scale not in (math.inf, -math.inf)
+        product = _product_of(weights, scale, like) / samples
+    if sample_weights is not None:
+        given = sample_weights.flatten().to(like)
+        product = given * product if finite else _product_of(given, product, like)
+    return product.expand_as(like) if isinstance(product, Tensor) else torch.full_like(like, product)
+
+
+def _product_of(weights: Tensor | float, scale: Tensor | float, like: Tensor) -> Tensor | float:
+    """w·k, which is 0 where w is, even where k is infinite (epsilon at zero terminal SNR)."""
     if isinstance(scale, Tensor):
         scale = scale.to(like)
     if isinstance(weights, Tensor):
         weights = weights.to(like)
-        # A sample that weighs nothing adds nothing, even where k is infinite (epsilon at zero terminal SNR).
-        product: Tensor | float = torch.where(weights == 0, torch.zeros_like(weights), weights * scale)
-    else:
-        product = weights * scale if weights != 0 else 0.0
-    if config.reduction == "mean":
-        product = product / len(like)
-    return product.expand_as(like) if isinstance(product, Tensor) else torch.full_like(like, product)
+        return torch.where(weights == 0, weights, weights * scale)
+    return weights * scale if weights != 0 else 0.0
+
+
+class _Table(NamedTuple):
+    """w_t·k_t of every timestep of a schedule, and whether all of them are finite."""
+
+    values: Tensor
+    finite: bool
+
+
+# By schedule; its version stands in the key, since a scheduler may rescale it in place.
+_tables: MutableMapping[Tensor, dict[tuple[Any, ...], _Table]] = WeakTensorKeyDictionary()
+
+
+def _table(
+    prediction_type: PredictionType,
+    alphas_cumprod: Tensor,
+    device: torch.device,
+    config: FreqLossConfig,
+    dtype: torch.dtype,
+    samples: int,
+) -> _Table:
+    known = _tables.setdefault(alphas_cumprod, {})
+    version = 0 if alphas_cumprod.is_inference() else alphas_cumprod._version
+    key = version, prediction_type, device, config, dtype, samples
+    if key not in known:
+        with torch.inference_mode(False), torch.no_grad():
+            every = torch.arange(len(alphas_cumprod), device=device)
+            scale = residual_scale(prediction_type, every, alphas_cumprod)
+            weights = batch_weights(prediction_type, every, alphas_cumprod, None, None, config)
+            like = torch.empty(len(every), device=device, dtype=dtype)
+            values = torch.as_tensor(_product_of(weights, scale, like) / samples)
+            known[key] = _Table(values, bool(values.isfinite().all()))
+    return known[key]
 
 
 def _weighted_sum(band: Tensor, weights: Tensor | float, config: FreqLossConfig) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import oracle
 import pytest
@@ -11,9 +13,25 @@ from hypothesis import strategies as st
 from torch import autocast
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from freq_loss_plugin import ConfigError, FreqLossConfig, frequency_matching_loss, reference_loss
+from freq_loss_plugin import ConfigError, FreqLossConfig, energies, frequency_matching_loss, reference_loss
+from freq_loss_plugin import loss as loss_module
+from freq_loss_plugin.energies import band_energies
 from freq_loss_plugin.latents import PREDICTION_TYPES
 from freq_loss_plugin.loss import band_error_maps
+
+# Without a kernel: views, what is read of a schedule on the host, and memory that nothing is written to.
+NO_LAUNCH = (
+    "view",
+    "expand",
+    "reshape",
+    "slice",
+    "select",
+    "aten.t.default",
+    "detach",
+    "unbind",
+    "empty",
+    "_local_scalar_dense",
+)
 
 ALPHAS = oracle.stable_diffusion_alphas_cumprod()
 ALPHAS32 = torch.from_numpy(ALPHAS).float()
@@ -146,6 +164,45 @@ def test_video_latents_equal_frames_as_channels():
     as_video = frequency_matching_loss(video, target, **arguments)
     as_channels = frequency_matching_loss(video.flatten(1, 2), target.flatten(1, 2), **arguments)
     torch.testing.assert_close(as_video.total, as_channels.total)
+
+
+@pytest.fixture
+def dense(monkeypatch):
+    """The loss in the form that saves launches, as on a GPU, where it would be the one that saves arithmetic."""
+    monkeypatch.setattr(loss_module, "band_energies", partial(band_energies, dense=True))
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 16, 16), (4, 3, 13, 22), (1, 2, 64, 48)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"wavelet": "bior2.4", "levels": 3},
+        {"low_weight": 0.0, "wavelet": "haar", "levels": 1},
+        {"high_weight": 0.0},
+        {"method": "fft"},
+        {"method": "fft", "cutoff": 0.4, "low_weight": 0.0},
+    ],
+    ids=str,
+)
+def test_the_form_for_accelerators_equals_the_formula(dense, shape, options):
+    check(FreqLossConfig(dist_match=0.4, **options), shape, "epsilon", [300] * shape[0])
+
+
+def test_which_form_runs_depends_on_device_size_and_room(monkeypatch):
+    ran = []
+    for form in (energies._DenseEnergies, energies._WaveletEnergies):
+        monkeypatch.setattr(form, "apply", lambda *arguments, form=form: ran.append(form) or (None, torch.zeros(2)))
+    config = FreqLossConfig()
+    for difference, room in [
+        (torch.zeros(4, 64, 64), 10**9),  # a CPU
+        (torch.zeros(4, 64, 64, device="meta"), 4 * 4 * 64 * 64),
+        (torch.zeros(4, 64, 64, device="meta"), 3 * 4 * 64 * 64),  # a batch of three: the products would be larger
+        (torch.zeros(4, 512, 64, device="meta"), 10**9),
+    ]:
+        band_energies(difference, config, room=room)
+    factored, stacked = energies._WaveletEnergies, energies._DenseEnergies
+    assert ran == [factored, stacked, factored, factored]
 
 
 @pytest.mark.parametrize("method", ["wavelet", "fft"])
@@ -312,6 +369,58 @@ def test_error_maps_average_to_the_losses_of_their_bands(method, shape):
 
 
 # -- what it costs -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("timesteps", [400, torch.tensor([100, 300, 500, 700])], ids=["one", "own"])
+@pytest.mark.parametrize("method", ["wavelet", "fft"])
+def test_value_and_gradient_are_twelve_operations_on_an_accelerator(dense, method, timesteps):
+    prediction, target = torch.randn(2, 4, 4, 64, 64)
+    config = FreqLossConfig(method=method, timesteps="own", sample_weights="min_snr")
+
+    def step():
+        frequency_matching_loss(
+            prediction.requires_grad_(),
+            target,
+            prediction_type="epsilon",
+            timesteps=timesteps,
+            alphas_cumprod=ALPHAS32,
+            config=config,
+        ).total.backward()
+
+    step()
+    prediction.grad = None
+    with _Operations() as operations:
+        step()
+    launched = [name for name in operations.names if not any(view in name for view in NO_LAUNCH)]
+    if not isinstance(timesteps, torch.Tensor):  # min-SNR of one timestep is reckoned on the host
+        launched = launched[next(i for i, name in enumerate(launched) if "full_like" in name) :]
+    assert len(launched) <= 12, launched
+
+
+def test_a_schedule_rescaled_in_place_is_noticed():
+    prediction, target = torch.randn(2, 4, 4, 16, 16)
+    schedule, timesteps = ALPHAS32.clone(), torch.tensor([100, 300, 500, 700])
+
+    def value():
+        return frequency_matching_loss(
+            prediction,
+            target,
+            prediction_type="epsilon",
+            timesteps=timesteps,
+            alphas_cumprod=schedule,
+            config=FreqLossConfig(timesteps="own"),
+        ).total
+
+    before = value()
+    schedule.mul_(0.5)
+    torch.testing.assert_close(value(), reference(prediction, target, timesteps, schedule))
+    assert not torch.isclose(value(), before)
+
+
+def reference(prediction, target, timesteps, schedule):
+    config = FreqLossConfig(timesteps="own")
+    arguments = {"prediction_type": "epsilon", "timesteps": timesteps, "alphas_cumprod": schedule, "config": config}
+    return reference_loss(prediction, target, noisy_latents=torch.zeros_like(target), **arguments).total
 
 
 class Allocations(TorchDispatchMode):

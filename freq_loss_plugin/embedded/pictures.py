@@ -121,7 +121,7 @@ def draw(scene: Scene, style: str = "base", size: int = SIZE) -> Picture:
     cover = coverage(scene.shape, POSITIONS[scene.position], scene.radius, size)
     if style == "frames":
         cover = cover - coverage(scene.shape, POSITIONS[scene.position], 0.5 * scene.radius, size)
-        cover = np.maximum(cover, _frame(size))
+        cover = np.maximum(cover, frame(size))
     blended = (1 - cover[..., None]) * background + cover[..., None] * colour
     return np.clip(blended, 0, 1).astype(np.float32)
 
@@ -145,15 +145,22 @@ def texture(scene: Scene, size: int = SIZE) -> Picture:
 def _basket_weave(scene: Scene, size: int) -> Picture:
     """Squares of 32 pixels, striped along and across in turn."""
     down, right = np.mgrid[:size, :size]
-    along = (down // 32 + right // 32) % 2 == 0
-    return np.sin(2 * math.pi / 16 * np.where(along, down, right) + scene.phase).astype(np.float32)
+    _, period, along = weave_lies(size)
+    return np.sin(2 * math.pi / period * np.where(along, down, right) + scene.phase).astype(np.float32)
 
 
-def _frame(size: int) -> Picture:
-    """A frame along the border, a sixteenth of the side wide."""
+def weave_lies(size: int = SIZE) -> tuple[int, int, NDArray[np.bool_]]:
+    """The side of a square of the basket weave, its period, both in pixels, and where its waves run downwards."""
+    side, period = 32, 16
+    down, right = np.mgrid[:size, :size]
+    return side, period, (down // side + right // side) % 2 == 0
+
+
+def frame(size: int = SIZE, softness: float = 0.5) -> Picture:
+    """How much of each pixel a frame along the border covers, a sixteenth of the side and ``softness`` pixels wide."""
     down, right = np.mgrid[:size, :size] + 0.5
     to_the_border = np.minimum.reduce((down, right, size - down, size - right))
-    return np.clip(0.5 - (to_the_border - size / 16), 0, 1).astype(np.float32)
+    return np.clip(softness - (to_the_border - size / 16), 0, 1).astype(np.float32)
 
 
 def coverage(shape: str, centre: tuple[float, float], radius: float, size: int = SIZE) -> Picture:
