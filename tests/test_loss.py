@@ -20,18 +20,8 @@ from freq_loss_plugin.latents import PREDICTION_TYPES
 from freq_loss_plugin.loss import band_error_maps
 
 # Without a kernel: views, what is read of a schedule on the host, and memory that nothing is written to.
-NO_LAUNCH = (
-    "view",
-    "expand",
-    "reshape",
-    "slice",
-    "select",
-    "aten.t.default",
-    "detach",
-    "unbind",
-    "empty",
-    "_local_scalar_dense",
-)
+VIEWS = ("view", "permute", "unsqueeze", "expand", "reshape", "slice", "select", "aten.t.default", "detach", "unbind")
+NO_LAUNCH = (*VIEWS, "empty", "_local_scalar_dense")
 
 ALPHAS = oracle.stable_diffusion_alphas_cumprod()
 ALPHAS32 = torch.from_numpy(ALPHAS).float()
