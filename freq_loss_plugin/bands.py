@@ -70,7 +70,8 @@ def operator(function: Function) -> Function:
         return remembered(*arguments)
 
     # The compiler tells the constants of a graph apart by the name in the code.
-    look_up.__code__ = look_up.__code__.replace(co_name=function.__name__)
+    code: Any = look_up
+    code.__code__ = code.__code__.replace(co_name=function.__name__)
     for name in ("cache_clear", "cache_info"):
         setattr(look_up, name, getattr(remembered, name))
     return cast(Function, _constant(look_up))

@@ -81,6 +81,15 @@ class FreqLossConfig:
     )
     memory: int = _option(0, "earlier batches whose residuals join this one's; 0 is off")
     memory_decay: float = _option(1.0, "by what each of them counts less than the one after it, above 0 and at most 1")
+    share: float = _option(
+        0.0,
+        "hold the term's gradient at this share of the base loss's, both at the model's output; dist_match is then "
+        "where it starts; 0 is off",
+    )
+    grad_cosine: bool = _option(False, "log the cosine between the term's and the base loss's gradient")
+    validation: bool = _option(
+        False, "when the trainer validates, log the bands and the spectrum of the validation pictures"
+    )
     guidance_token: float = _option(
         0.0, "above 0 or true: the CLIP features of each picture replace the last text token", key="guidance_token"
     )
@@ -229,7 +238,7 @@ class FreqLossConfig:
             )
 
     def _check_ranges(self) -> None:
-        for name in ("dist_match", "low_weight", "high_weight", "guidance_token"):
+        for name in ("dist_match", "low_weight", "high_weight", "share", "guidance_token"):
             if not (0 <= getattr(self, name) < math.inf):
                 raise wrong_value(self, name, "a finite number >= 0")
         if self.levels < 1:

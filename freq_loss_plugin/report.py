@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import NamedTuple
 
-from .config import FreqLossConfig
+from .config import PREFIX, FreqLossConfig
 from .guidance import Features
 from .latents import NUM_TRAIN_TIMESTEPS
 from .version import __version__
@@ -38,7 +38,10 @@ def describe(config: FreqLossConfig, model: str, network_module: str, *, feature
     lines = [f"freq_loss {__version__}: on for {model}"]
     lines += [f"  {key} = {value}{_remark(key, config)}" for key, value in shown.items() if _matters(key, config)]
     memory = f"; {config.memory} latents per bucket are kept" if config.memory else ""
-    lines.append(f"  cost: {_cost(config)}{memory}")
+    balance = (
+        "; comparing gradients at the model's output costs a few more" if config.share or config.grad_cosine else ""
+    )
+    lines.append(f"  cost: {_cost(config)}{memory}{balance}")
     return [*lines, *token]
 
 
@@ -61,9 +64,11 @@ class ShareReport:
 
     Args:
         max_train_steps: the length of the training, which may be shorter than `SHARE_STEPS`.
+        held: the gradients are held at a share, whatever that makes of the losses; there is nothing to warn of.
     """
 
-    def __init__(self, max_train_steps: int | None) -> None:
+    def __init__(self, max_train_steps: int | None, *, held: bool = False) -> None:
+        self._held = held
         self._steps_left = min(SHARE_STEPS, max_train_steps or SHARE_STEPS)
         self._shares: list[float] = []
 
@@ -80,6 +85,8 @@ class ShareReport:
         mean = sum(self._shares) / len(self._shares)
         self._shares.clear()
         message = f"up to step {step} the frequency term was {mean:.2%} of the loss on average"
+        if self._held:
+            return Remark(message, False)
         if mean < SMALL_SHARE:
             factor = _factor_for(0.1, mean)
             return Remark(f"{message}, too little to act; multiply dist_match by {factor:.0f} for about 10%", True)
@@ -89,6 +96,8 @@ class ShareReport:
 
 
 def _remark(key: str, config: FreqLossConfig) -> str:
+    if key == "dist_match" and config.share:
+        return " (for the first batch; then by freq_loss_share)"
     if key == "freq_loss_method" and config.resolved_method != config.method:
         return f" -> {config.resolved_method}: the wavelet library cannot be imported ({INSTALL_HINT})"
     return ""
@@ -110,6 +119,8 @@ def _matters(key: str, config: FreqLossConfig) -> bool:
         return config.resolved_method == needs_method[key]
     if key == "freq_loss_memory_decay":
         return config.memory > 0
+    if key in ("freq_loss_share", "freq_loss_grad_cosine", "freq_loss_validation"):
+        return bool(getattr(config, key.removeprefix(PREFIX)))
     # The guidance token has a line of its own.
     return key != "guidance_token" and (key != "min_snr_gamma" or config.sample_weights == "min_snr")
 

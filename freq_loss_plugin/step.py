@@ -8,8 +8,9 @@ device and checked before the optimizer runs (`TermMonitor`).
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -122,12 +123,13 @@ class DeferredScalars:
 
 
 class TermNumbers(NamedTuple):
-    """The numbers of one batch, on the host: the base loss, L_low, L_high, and the weighted term."""
+    """The numbers of one batch, on the host: the base loss, L_low, L_high, the weighted term, and others by name."""
 
     base: float
     low: float
     high: float
     total: float
+    others: Mapping[str, float] = MappingProxyType({})
 
     @property
     def share(self) -> float:
@@ -141,13 +143,26 @@ class TermNumbers(NamedTuple):
             "loss/freq_high": self.high,
             "loss/freq_total": self.total,
             "loss/freq_share": self.share,
+            **{f"loss/freq_{name}": value for name, value in self.others.items()},
         }
+
+    @classmethod
+    def mean(cls, batches: Sequence[TermNumbers]) -> TermNumbers:
+        """Those of an optimizer step over several batches."""
+        base, low, high, total = (sum(v) / len(batches) for v in zip(*(each[:4] for each in batches), strict=True))
+        of_name: dict[str, list[float]] = {}
+        for each in batches:
+            for name, value in each.others.items():
+                of_name.setdefault(name, []).append(value)
+        others = {name: sum(values) / len(values) for name, values in of_name.items()}
+        return cls(base, low, high, total, others)
 
 
 class _Pending(NamedTuple):
     """A term that is part of a loss, but whose numbers the host has not seen yet."""
 
     scalars: DeferredScalars
+    names: tuple[str, ...]
     prediction: Tensor
     target: Tensor
     timesteps: Tensor | float
@@ -160,11 +175,18 @@ class TermMonitor:
         self._pending: list[_Pending] = []
 
     def add(
-        self, base_loss: Tensor, term: FrequencyLoss, prediction: Tensor, target: Tensor, timesteps: Tensor | float
+        self,
+        base_loss: Tensor,
+        term: FrequencyLoss,
+        prediction: Tensor,
+        target: Tensor,
+        timesteps: Tensor | float,
+        others: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Start the numbers of one batch on their way; nothing waits."""
-        scalars = DeferredScalars(base_loss, term.low, term.high, term.total)
-        self._pending.append(_Pending(scalars, prediction.detach(), target.detach(), timesteps))
+        """Start the numbers of one batch on their way, ``others`` by name; nothing waits."""
+        others = others or {}
+        scalars = DeferredScalars(base_loss, term.low, term.high, term.total, *others.values())
+        self._pending.append(_Pending(scalars, tuple(others), prediction.detach(), target.detach(), timesteps))
 
     def settle(self, step: int) -> list[TermNumbers]:
         """The numbers that were added since the last call; to be called before the optimizer runs.
@@ -177,8 +199,9 @@ class TermMonitor:
         """
         settled = []
         for pending in self._pending:
-            numbers = TermNumbers(*pending.scalars.read())
-            if not all(abs(number) < float("inf") for number in numbers[1:]):
+            base, low, high, total, *others = pending.scalars.read()
+            numbers = TermNumbers(base, low, high, total, dict(zip(pending.names, others, strict=True)))
+            if not all(abs(number) < float("inf") for number in numbers[1:4]):
                 raise NonFiniteLossError(_describe_failure(pending, numbers, step))
             settled.append(numbers)
         self._pending.clear()

@@ -22,14 +22,18 @@ Nothing in a step waits for the device: the numbers travel to the host behind th
 from __future__ import annotations
 
 import argparse
+import functools
 import inspect
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from freq_loss_plugin import FreqLossConfig, FrequencyLoss, frequency_matching_loss, guidance
-from freq_loss_plugin.latents import PredictionType
+from freq_loss_plugin.balance import Balance, DetachedTerm, base_gradient, detached_term
+from freq_loss_plugin.latents import PredictionType, residual_scale
 from freq_loss_plugin.memory import ResidualMemory
 from freq_loss_plugin.report import ShareReport
 from freq_loss_plugin.step import (
@@ -42,7 +46,7 @@ from freq_loss_plugin.step import (
 
 from . import report
 from .guidance import TokenGuidance
-from .memory import KeptMemory
+from .state import StateFile
 from .trainers import (
     Training,
     UnsupportedTrainerError,
@@ -51,18 +55,24 @@ from .trainers import (
     first_step,
     timestep_drawer,
 )
+from .validation import ValidationReport
 
 # sd-scripts casts its timesteps to the training dtype; bfloat16 has steps of 4 in 512..1000.
 _TIMESTEP_TOLERANCE = 4.0
 
 
 class _Term(NamedTuple):
-    """The frequency term of a batch, and what it was computed from."""
+    """The frequency term of a batch, and what it was computed from.
+
+    ``gradient`` is there where the term is still to be weighed against the base loss, ``logs`` where it was.
+    """
 
     loss: FrequencyLoss
     prediction: Tensor
     target: Tensor
     timesteps: Tensor | float
+    gradient: Tensor | None = None
+    logs: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class LossHook:
@@ -89,10 +99,15 @@ class LossHook:
         self._signatures: dict[str, inspect.Signature] = {}
         # The training batch under way, as process_batch was given it, and its term once there is one.
         self._batch: dict[str, Any] | None = None
+        self._validating: dict[str, Any] | None = None  # the same for a validation batch, where it is reported
         self._term: _Term | None = None
-        self._memory = KeptMemory(config, training.args) if config.memory else None
+        self._memory = ResidualMemory(config) if config.memory else None
+        self._balance = Balance(config) if Balance.is_wanted(config) else None
+        self._base_prediction: Tensor | None = None
+        self._state = StateFile(config, training.args, self._memory, self._balance)
+        self._validation = ValidationReport(config) if config.validation else None
         self._monitor = TermMonitor()
-        self._share = ShareReport(getattr(training.args, "max_train_steps", None))
+        self._share = ShareReport(getattr(training.args, "max_train_steps", None), held=bool(config.share))
         self._last_scalars: dict[str, float] = {}
         self._schedules: dict[torch.device, Tensor] = {}
         self._timesteps_were_obeyed = False
@@ -114,6 +129,8 @@ class LossHook:
                 "all_reduce_network": self._all_reduce_network,
                 "generate_step_logs": self._generate_step_logs,
             }
+        if self._config.enabled and self._validation is not None:
+            replacements["accelerator_logging"] = self._accelerator_logging
         if self._tokens is not None:
             replacements |= {
                 "get_noise_pred_and_target": self._get_noise_pred_and_target,
@@ -131,8 +148,7 @@ class LossHook:
             if getattr(self._trainer, name) != original:  # it had one of its own, not its class
                 setattr(self._trainer, name, original)
         self._originals.clear()
-        if self._memory is not None:
-            self._memory.leave()
+        self._state.leave()
         del self._trainer._freq_loss_hook
 
     # What the trainer calls
@@ -144,7 +160,13 @@ class LossHook:
             self.uninstall()  # the trainer object has been given another training
             return original(*arguments, **named)
         if not call["is_train"]:
-            return original(*arguments, **named)
+            self._validating = call if self._validation is not None else None
+            result = original(*arguments, **named)
+            self._validating = None
+            return result
+        if self._validation is not None:
+            self._validation.discard()
+        self._state.save_with(call["accelerator"])
         self._batch = call
         base_loss = original(*arguments, **named)
         term, self._term, self._batch = self._term, None, None
@@ -153,7 +175,8 @@ class LossHook:
                 f"{type(self._trainer).__name__}.process_batch did not call get_noise_pred_and_target, in which the "
                 "frequency loss finds the prediction; this sd-scripts is newer than this plug-in knows"
             )
-        self._monitor.add(base_loss, *term)
+        term = self._weighed_against(base_loss, term)
+        self._monitor.add(base_loss, term.loss, term.prediction, term.target, term.timesteps, term.logs)
         return base_loss + term.loss.total.to(base_loss.dtype)
 
     def _get_noise_pred_and_target(self, *arguments: Any, **named: Any) -> Any:
@@ -162,17 +185,26 @@ class LossHook:
             given = call.arguments
             given["text_encoder_conds"] = self._tokens.put_in(given["batch"], given["text_encoder_conds"])
         if self._batch is None:
-            return self._originals["get_noise_pred_and_target"](*call.args, **call.kwargs)
+            results = self._originals["get_noise_pred_and_target"](*call.args, **call.kwargs)
+            if self._validating is not None and self._validation is not None:
+                self._validate(self._validation, self._validating, call.arguments["latents"], results)
+            return results
+        results = self._training_pass(call, self._batch)
+        self._base_prediction = results[0] if self._balance is not None else None
+        return results
+
+    def _training_pass(self, call: inspect.BoundArguments, batch: dict[str, Any]) -> Any:
+        """The trainer's own pass of a training batch; leaves the batch's term behind."""
         if self._config.timesteps == "unified":
-            self._term = self._unified_term(call, self._batch)
+            self._term = self._unified_term(call, batch)
             return self._originals["get_noise_pred_and_target"](*call.args, **call.kwargs)
         if self._config.timesteps == "shared":
-            results, timestep = self._pass_at_shared_timesteps(call, self._batch)
-            self._term = self._compute(self._batch, results, timestep)
+            results, timestep = self._pass_at_shared_timesteps(call, batch)
+            self._term = self._compute(batch, results, timestep)
             return results
         results = self._originals["get_noise_pred_and_target"](*call.args, **call.kwargs)
-        timesteps = results[2].to(self._batch["accelerator"].device) * self._family.timestep_scale
-        self._term = self._compute(self._batch, results, timesteps)
+        timesteps = results[2].to(batch["accelerator"].device) * self._family.timestep_scale
+        self._term = self._compute(batch, results, timesteps)
         return results
 
     def _sample_images(self, *arguments: Any, **named: Any) -> Any:
@@ -191,6 +223,13 @@ class LossHook:
         logs = self._originals["generate_step_logs"](*arguments, **named)
         self._settle()
         return {**logs, **self._last_scalars}
+
+    def _accelerator_logging(self, *arguments: Any, **named: Any) -> Any:
+        assert self._validation is not None
+        call = self._signatures["accelerator_logging"].bind(*arguments, **named)
+        given = call.arguments
+        given["logs"] = self._validation.join(given["accelerator"], given["logs"], given["step_value"])
+        return self._originals["accelerator_logging"](*call.args, **call.kwargs)
 
     def _update_metadata(self, *arguments: Any, **named: Any) -> Any:
         result = self._originals["update_metadata"](*arguments, **named)
@@ -213,30 +252,57 @@ class LossHook:
         batch, device = call["batch"], call["accelerator"].device
         if timesteps is None:
             return _Term(FrequencyLoss(*torch.zeros(3, device=device)), prediction, target, drawn)
-        loss = frequency_matching_loss(
-            prediction,
-            target,
+        loss_of = functools.partial(
+            frequency_matching_loss,
+            target=target,
             prediction_type=self._prediction_type,
             timesteps=timesteps,
             alphas_cumprod=self._schedule(call["noise_scheduler"], timesteps),
             sample_weights=_loss_weights(batch, device),
             mask=_mask(batch, self._args, prediction),
             config=self._config,
-            memory=self._memory_of(call),
+            memory=self._memory,
             across_processes=True,
         )
-        return _Term(loss, prediction, target, timesteps)
+        if self._balance is None:
+            return _Term(loss_of(prediction), prediction, target, timesteps)
+        detached = detached_term(prediction, loss_of)
+        return _Term(detached.loss, prediction, target, timesteps, detached.gradient)
 
-    def _memory_of(self, call: dict[str, Any]) -> ResidualMemory | None:
-        if self._memory is not None:
-            self._memory.save_with(call["accelerator"])
-        return self._memory
+    def _weighed_against(self, base_loss: Tensor, term: _Term) -> _Term:
+        """The term of a batch whose base loss is there, with the share and the numbers that the options ask for."""
+        prediction, self._base_prediction = self._base_prediction, None
+        if self._balance is None or prediction is None or (term.gradient is None and not term.logs):
+            return term
+        beside = base_gradient(base_loss, prediction)
+        if beside is None:
+            raise UnsupportedTrainerError(
+                f"freq_loss_share and freq_loss_grad_cosine: {type(self._trainer).__name__} does not compute its loss "
+                "from the prediction that get_noise_pred_and_target returned; leave both out"
+            )
+        if term.gradient is None:  # it had a pass of its own
+            self._balance.observe_base(beside)
+            return term
+        detached = DetachedTerm(term.loss, term.gradient)
+        loss, logs = self._balance.weigh(term.prediction, detached, beside, same_pass=True)
+        return term._replace(loss=loss, logs=logs, gradient=None)
+
+    def _validate(self, validation: ValidationReport, call: dict[str, Any], latents: Tensor, results: Any) -> None:
+        """Take a validation batch into the report."""
+        timesteps = results[2].to(call["accelerator"].device) * self._family.timestep_scale
+        scale = residual_scale(self._prediction_type, timesteps, self._schedule(call["noise_scheduler"], timesteps))
+        validation.add(latents, results, scale, timesteps)
 
     def _unified_term(self, call: inspect.BoundArguments, batch: dict[str, Any]) -> _Term:
         """The term of an extra pass at one timestep for the batch, propagated where that can be done at once."""
         accelerator = batch["accelerator"]
         results, timestep = self._unified_pass(call, accelerator)
         term = self._compute(batch, results, timestep)
+        if term.gradient is not None and self._balance is not None:
+            beside = term.prediction.detach().float() - term.target.detach().float()
+            detached = DetachedTerm(term.loss, term.gradient)
+            loss, logs = self._balance.weigh(term.prediction, detached, beside, same_pass=False)
+            term = term._replace(loss=loss, logs=logs, gradient=None)
         if not term.loss.total.requires_grad or not self._propagates_at_once(accelerator):
             return term
         # The graph of a trained text encoder is part of both passes; that of the extra pass ends with this method.

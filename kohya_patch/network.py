@@ -17,7 +17,15 @@ from freq_loss_plugin.config import SECTION, check_section, parse_strings
 
 from . import guidance, report
 from .hook import LossHook
-from .trainers import NEEDED_FOR_GUIDANCE, Family, Training, UnsupportedTrainerError, check_trainer, find_training
+from .trainers import (
+    NEEDED_FOR_GUIDANCE,
+    NEEDED_FOR_VALIDATION,
+    Family,
+    Training,
+    UnsupportedTrainerError,
+    check_trainer,
+    find_training,
+)
 
 OWN_NAME = "kohya_patch"
 
@@ -74,6 +82,8 @@ def check(training: Training) -> FreqLossConfig:
     if config.guided:
         guidance.check(config, args, family)
         check_trainer(training.trainer, NEEDED_FOR_GUIDANCE)
+    if config.enabled and config.validation:
+        check_trainer(training.trainer, NEEDED_FOR_VALIDATION)
     return config
 
 
@@ -144,6 +154,11 @@ def _check_against_trainer(config: FreqLossConfig, args: argparse.Namespace, fam
     zero_terminal_snr = bool(getattr(args, "zero_terminal_snr", False))
     config.check_model(family.prediction_type(args), zero_terminal_snr=zero_terminal_snr)
     shape = getattr(args, "model_prediction_type", "raw")
+    if family.prediction == "flow" and shape != "raw" and config.validation:
+        raise ConfigError(
+            f"freq_loss_validation = true with model_prediction_type = {shape!r}: the difference of a reshaped "
+            "prediction and a bare velocity is no error of a latent; set model_prediction_type = 'raw', or remove it"
+        )
     if config.timesteps != "unified" and family.prediction == "flow" and shape != "raw":
         raise ConfigError(
             f"freq_loss_timesteps = {config.timesteps!r} with model_prediction_type = {shape!r}: sd-scripts then "

@@ -28,7 +28,12 @@ def announce(training: Training, config: FreqLossConfig, network_module: str, fe
     # Not through logging: sd-scripts' handler would fold the block into a narrow column.
     print("\n".join(["", *describe(config, model, network_module, features=features), ""]), flush=True)
     window = (getattr(args, "min_timestep", None), getattr(args, "max_timestep", None))
-    for warning in warnings(config, _smallest_batch(training), *window):
+    found = warnings(config, _smallest_batch(training), *window)
+    if config.enabled and config.validation and not training.validates:
+        found.append(
+            "freq_loss_validation: there are no validation pictures; set validation_split, for instance to 0.1"
+        )
+    for warning in found:
         logger.warning("freq_loss: %s", warning)
 
 

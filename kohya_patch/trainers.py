@@ -88,14 +88,22 @@ NEEDED_FOR_GUIDANCE: dict[str, tuple[str, ...]] = {
 }
 
 
+# And freq_loss_validation.
+NEEDED_FOR_VALIDATION: dict[str, tuple[str, ...]] = {"accelerator_logging": ("accelerator", "logs", "step_value")}
+
+
 @dataclass(frozen=True)
 class Training:
-    """A training that is under way: the trainer, the arguments it was started with, and its data sets."""
+    """A training that is under way: the trainer, the arguments it was started with, and its data sets.
+
+    ``validates`` is whether some of these are for validation.
+    """
 
     trainer: Any
     args: argparse.Namespace
     batch_sizes: tuple[int, ...] = ()
     datasets: tuple[Any, ...] = ()
+    validates: bool = False
 
     @property
     def family(self) -> Family:
@@ -117,7 +125,7 @@ def find_training() -> Training | None:
             groups = [frame.f_locals.get(name) for name in ("train_dataset_group", "val_dataset_group")]
             trained, validated = (getattr(group, "datasets", []) for group in groups)
             sizes = tuple(dataset.batch_size for dataset in trained if hasattr(dataset, "batch_size"))
-            return Training(trainer, args, sizes, (*trained, *validated))
+            return Training(trainer, args, sizes, (*trained, *validated), validates=bool(validated))
     return None
 
 

@@ -334,6 +334,70 @@ def test_the_numbers_are_the_formula(configure, monkeypatch, loss, changes):
         assert {numbers.total > 0 for numbers in outcome.history} == {True, False}
 
 
+@pytest.mark.parametrize("timesteps", ["own", "unified"])
+def test_the_share_of_the_base_gradient_and_the_cosine(configure, monkeypatch, timesteps):
+    """The weight of the first step, redone from the recorded predictions."""
+    from freq_loss_plugin import frequency_matching_loss
+
+    passes, predict = [], model.Model.predict
+
+    def recording(self, latents, at, *others):
+        results = predict(self, latents, at, *others)
+        passes.append((at.clone(), *(tensor.detach() for tensor in results)))
+        return results
+
+    monkeypatch.setattr(model.Model, "predict", recording)
+    loss = dataclasses.replace(ON, timesteps=timesteps, min_timestep=0, max_timestep=1000, share=0.2, grad_cosine=True)
+    outcome = training.train(configure(max_train_steps=1), loss)
+    residual = (passes[0][1] - passes[0][2]).float()
+    base = 2 * residual / residual.numel()
+    at, prediction, target = passes[-1]
+    prediction.requires_grad_()
+    term = frequency_matching_loss(
+        prediction,
+        target,
+        prediction_type="epsilon",
+        timesteps=at,
+        alphas_cumprod=outcome.model.scheduler.alphas_cumprod,
+        config=dataclasses.replace(loss, dist_match=1.0, timesteps="unified"),
+    )
+    (gradient,) = torch.autograd.grad(term.total, prediction)
+    beside = base if timesteps == "own" else (prediction - target).detach()
+    cosine = torch.nn.functional.cosine_similarity(gradient.flatten(), beside.flatten(), dim=0)
+    (numbers,) = outcome.history
+    assert numbers.others["weight"] == pytest.approx((0.2 * base.norm() / gradient.norm()).item(), rel=1e-3)
+    assert numbers.others["grad_cosine"] == pytest.approx(cosine.item(), rel=1e-3)
+    assert numbers.total == pytest.approx(numbers.others["weight"] * (0.7 * numbers.low + 0.3 * numbers.high), rel=1e-4)
+
+
+def test_a_validation_split_is_not_trained_on_and_told_in_bands(configure, tmp_path, capsys):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    made = configure(
+        validation_split=0.34, validate_every_n_steps=1, max_train_steps=2, logging_dir=str(tmp_path / "logs")
+    )
+    data = dataset.find(made)
+    kept, held_out = dataset.split(data, made.validation_split, made.seed)
+    assert len(held_out) == round(0.34 * len(data.examples)) > 0
+    assert {each.file for each in kept.examples} | {each.file for each in held_out} == {
+        each.file for each in data.examples
+    }
+    outcome = training.train(made, dataclasses.replace(ON, validation=True))
+    assert f"{len(kept.examples)} pictures" in capsys.readouterr().out
+    assert [each.step for each in outcome.evaluations] == [0, 1, 2]
+    accumulator = EventAccumulator(str(tmp_path / "logs"))
+    accumulator.Reload()
+    for band in ("low", "high"):
+        events = accumulator.Scalars(f"loss/validation/freq_{band}")
+        assert [event.value for event in events] == pytest.approx(
+            [getattr(each, band) for each in outcome.evaluations], rel=1e-4
+        )
+    assert len(accumulator.Images("loss/validation/freq_spectrum")) == 3
+    assert len(accumulator.Scalars("loss/validation/step_average")) == 3
+    with pytest.raises(ConfigError, match="leaves none to train on"):
+        dataset.split(data, 0.99, 0)
+
+
 def test_the_loss_changes_what_is_learned_and_nothing_else_of_the_base_pass(configure):
     plain = training.train(configure(output_name="plain", max_train_steps=1), OFF)
     ours = training.train(configure(output_name="ours", max_train_steps=1), ON)
@@ -436,7 +500,7 @@ def test_diffusers_loads_the_file_and_draws_the_same_picture(configure):
 
 def test_a_resumed_training_is_the_uninterrupted_one(configure):
     settings_of = {"gradient_accumulation_steps": 2, "lr_scheduler": "cosine", "lr_warmup_steps": 1}
-    loss = dataclasses.replace(ON, memory=3, memory_decay=0.9)
+    loss = dataclasses.replace(ON, memory=3, memory_decay=0.9, share=0.1)
     whole = training.train(configure(output_name="whole", **settings_of), loss)
     first = configure(output_name="parts", save_every_n_steps=3, **settings_of)
 

@@ -234,7 +234,8 @@ def test_validation_is_that_of_sd_scripts(sd_scripts, tmp_path):
     """At a learning rate of nearly 0 the predictions stay, so the validation losses must agree to the last bit."""
     settings = {"learning_rate": 1e-30, "validation_split": 0.34, "validate_every_n_steps": 1, "max_train_steps": 2}
     without = sd_scripts.train(tmp_path / "plain", **settings)
-    on = sd_scripts.train(tmp_path / "on", freq_loss={"dist_match": 0.5}, **settings)
+    options = {"freq_loss_validation": True, "freq_loss_share": 0.1, "freq_loss_grad_cosine": True}
+    on = sd_scripts.train(tmp_path / "on", freq_loss={"dist_match": 0.5, **options}, **settings)
     for run in (without, on):
         assert run.returncode == 0, run.output
     names = [name for name in without.scalars if "validation" in name and "average" in name]
@@ -242,11 +243,27 @@ def test_validation_is_that_of_sd_scripts(sd_scripts, tmp_path):
     for name in names:
         assert on.scalars[name] == without.scalars[name]
     assert on.scalars["loss/current"] != without.scalars["loss/current"]
+    # The same passes in bands, as often as sd-scripts validates.
+    assert on.scalars.keys() - without.scalars.keys() == {
+        *(f"loss/freq_{name}" for name in ("low", "high", "total", "share", "weight", "grad_cosine")),
+        *(f"loss/validation/freq_{name}" for name in ("low", "high", "spectrum_low", "spectrum_high")),
+    }
+    validated = [event for event in on.events() if event["kind"] == "pass" and not event["is_train"]]
+    inside = [event for event in validated if 200 <= event["timesteps"][0] < 600]
+    times = len(on.scalars["loss/validation/freq_low"])
+    assert 0 < len(inside) < len(validated)
+    assert times == len(without.scalars["loss/validation/step_average"]) + len(
+        without.scalars.get("loss/validation/epoch_average", [])
+    )
+    low = [(oracle.wavelet_bands(residual_sum({"extra": event})[None])[0] ** 2).mean() for event in inside]
+    each = np.mean(np.reshape(low, (times, -1)), axis=1)
+    assert on.scalars["loss/validation/freq_low"] == pytest.approx(list(each), rel=1e-4)
+    assert all(-1 <= cosine <= 1 for cosine in on.scalars["loss/freq_grad_cosine"])
 
 
 def test_resuming_continues_the_sequence_of_timesteps_and_noise(sd_scripts, tmp_path):
     settings = {"save_every_n_steps": 2, "save_state": True, "max_train_steps": 4}
-    options = {"dist_match": 0.01, "freq_loss_memory": 2, "freq_loss_memory_decay": 0.5}
+    options = {"dist_match": 0.01, "freq_loss_memory": 2, "freq_loss_memory_decay": 0.5, "freq_loss_share": 0.05}
     whole = sd_scripts.train(tmp_path / "whole", freq_loss=options, **settings)
     state = tmp_path / "whole" / "lora-step00000002-state"
     assert state.is_dir(), whole.output
@@ -260,6 +277,9 @@ def test_resuming_continues_the_sequence_of_timesteps_and_noise(sd_scripts, tmp_
     low, high = oracle.wavelet_bands((joined[2] + 0.5 * joined[1] + 0.25 * joined[0])[None])
     assert resumed.scalars["loss/freq_low"][0] == pytest.approx((low**2).mean(), rel=1e-4)
     assert resumed.scalars["loss/freq_high"][0] == pytest.approx((high**2).mean(), rel=1e-4)
+    # So do the averages behind the share; from nothing, the weight would begin at dist_match.
+    assert whole.scalars["loss/freq_weight"][0] == pytest.approx(0.01)
+    assert resumed.scalars["loss/freq_weight"] == pytest.approx(whole.scalars["loss/freq_weight"][2:], rel=1e-3)
     # sd-scripts without the plug-in takes such a state, too.
     plain = sd_scripts.train(tmp_path / "plain", resume=str(state), **settings)
     assert plain.returncode == 0, plain.output

@@ -308,6 +308,120 @@ def test_shared_timesteps_are_distributed_as_the_trainer_draws_them(stand_ins, n
     assert np.mean(alone) > 2.5
 
 
+def keep_gradients(stand_in):
+    """The predictions of all passes from now on, whose gradients a backward pass leaves behind."""
+    original, kept = stand_in.trainer.get_noise_pred_and_target, []
+
+    @functools.wraps(original)
+    def keep(*positional, **named):
+        results = original(*positional, **named)
+        results[0].retain_grad()
+        kept.append(results[0])
+        return results
+
+    stand_in.trainer.get_noise_pred_and_target = keep
+    return kept
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("name", NAMES)
+def test_a_share_of_the_base_gradient_is_held_in_the_same_pass(stand_ins, name):
+    gradients = {}
+    for share in (None, 0.25):
+        stand_in = stand_ins.make(name)
+        kept = keep_gradients(stand_in)
+        dist_match = 0.0 if share is None else 0.003
+        config = FreqLossConfig(dist_match=dist_match, timesteps="own", max_timestep=1000, share=share or 0.0)
+        hook = install(stand_in, config)
+        loss = stand_in.process_batch()
+        kept[0].grad = None  # looking at the base loss's gradient leaves it here, too
+        loss.backward()
+        gradients[share] = kept[0].grad
+    base, term = gradients[None], gradients[0.25] - gradients[None]
+    assert (term.norm() / base.norm()).item() == pytest.approx(0.25, rel=1e-3)
+    (numbers,) = hook._monitor.settle(1)
+    weight = numbers.others["weight"]
+    assert numbers.total == pytest.approx(weight * (0.7 * numbers.low + 0.3 * numbers.high), rel=1e-4)
+    assert loss.item() == pytest.approx(numbers.base + numbers.total, rel=1e-5)
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("name", NAMES)
+def test_a_share_of_the_base_gradient_is_held_by_the_extra_pass(stand_ins, name):
+    """Its weight is dist_match in the first batch; afterwards it follows from the averages, which are redone here."""
+    stand_in = stand_ins.make(name)
+    kept = keep_gradients(stand_in)
+    hook = install(stand_in, FreqLossConfig(dist_match=0.003, share=0.25, grad_cosine=True))
+    bases, terms = [], []
+    for _ in range(4):
+        kept.clear()
+        loss = stand_in.process_batch()
+        kept[1].grad = None
+        loss.backward()
+        extra, base = (each.grad for each in kept)
+        (numbers,) = hook._monitor.settle(1)
+        gain = numbers.others["weight"] / 0.003
+        terms.append(extra.norm().item() / gain)
+        if bases:
+            means = [np.average(np.square(x), weights=0.95 ** np.arange(len(x))[::-1]) for x in (bases, terms)]
+            assert gain == pytest.approx(0.25 * (means[0] / means[1]) ** 0.5, rel=1e-3)
+        else:
+            assert gain == pytest.approx(1)
+        bases.append(base.norm().item())
+        prediction, target = stand_in.passes[0][:2]
+        cosine = torch.nn.functional.cosine_similarity(extra.flatten(), (prediction - target).flatten(), dim=0)
+        assert numbers.others["grad_cosine"] == pytest.approx(cosine.item(), abs=1e-4)
+        assert numbers.logs()["loss/freq_grad_cosine"] == numbers.others["grad_cosine"]
+
+
+@pytest.mark.host
+def test_a_batch_without_a_shared_timestep_has_no_weight_and_no_cosine(stand_ins):
+    stand_in = stand_ins.make("sd15")
+    hook = install(stand_in, FreqLossConfig(timesteps="shared", share=0.1, grad_cosine=True))
+    seen = set()
+    for _ in range(12):
+        loss = stand_in.process_batch()
+        (numbers,) = hook._monitor.settle(1)
+        assert bool(numbers.others) == (numbers.total > 0)
+        assert loss.item() == pytest.approx(numbers.base + numbers.total, rel=1e-5)
+        seen.add(numbers.total > 0)
+    assert seen == {True, False}
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("name", NAMES)
+def test_validation_is_told_in_bands_to_the_trainers_own_trackers(stand_ins, name, tmp_path):
+    from accelerate import Accelerator
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    stand_in = stand_ins.make(name)
+    stand_in.accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=str(tmp_path))
+    stand_in.accelerator.init_trackers("run")
+    untouched = stand_in.process_batch(is_train=False)
+    install(stand_in, FreqLossConfig(validation=True, min_timestep=0, max_timestep=1000))
+    energies = []
+    for seed in (3, 4):
+        found = stand_in.process_batch(is_train=False, seed=seed)
+        assert seed != 3 or torch.equal(found, untouched)
+        stand_in.batch["loss_weights"] = torch.ones(3)
+        energies.append(expected_bands(stand_in, stand_in.passes[0]))
+    logs = {"loss/validation/step_average": 0.5}
+    stand_in.trainer.accelerator_logging(stand_in.accelerator, {"lr/unet": 1.0}, 7, 7, 1)
+    stand_in.trainer.accelerator_logging(stand_in.accelerator, logs, 7, 7, 1)
+    stand_in.accelerator.end_training()
+    events = EventAccumulator(str(tmp_path / "run"))
+    events.Reload()
+    scalars = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+    assert "lr/unet" in scalars
+    assert [event.step for event in scalars["loss/validation/freq_low"]] == [7]
+    for band, expected in zip(("low", "high"), np.mean(energies, axis=0), strict=True):
+        tolerance = 0.02 if name == "hunyuan_image" else 1e-3
+        assert scalars[f"loss/validation/freq_{band}"][0].value == pytest.approx(expected, rel=tolerance)
+    assert {"loss/validation/freq_spectrum_low", "loss/validation/freq_spectrum_high"} <= scalars.keys()
+    (picture,) = events.Images("loss/validation/freq_spectrum")
+    assert (picture.width, picture.height) == (900, 560)
+
+
 @pytest.mark.host
 @pytest.mark.parametrize("name", NAMES)
 def test_validation_and_other_trainings_are_left_alone(stand_ins, name):

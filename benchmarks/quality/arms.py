@@ -2,7 +2,7 @@ r"""The arms of the study: what is added to plain MSE, in which pass, and how st
 
 A term is a function of one batch (`Batch`) that returns a scalar. Its gradient with respect to the prediction is scaled
 before it goes into the model: by the term's own weight (``share`` None), or so that its norm is ``share`` of the norm of
-the base loss's gradient at the model's output (`freq_loss_plugin.share`).
+the base loss's gradient at the model's output (`freq_loss_plugin.balance`).
 
 With x0_i the clean latent, x0_hat_i = x0_i + k_i·(prediction_i - target_i) its estimate (`freq_loss_plugin.latents`), and
 low, high the bands of the loss, the terms are

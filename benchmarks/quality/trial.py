@@ -30,7 +30,7 @@ from freq_loss_plugin.engine.dataset import Batches, Example
 from freq_loss_plugin.engine.extraction import Clip
 from freq_loss_plugin.engine.model import Model, load
 from freq_loss_plugin.engine.settings import Settings
-from freq_loss_plugin.share import GradientShare, with_gradient
+from freq_loss_plugin.balance import GradientShare, with_gradient
 from freq_loss_plugin.step import shared_timesteps, stream_name, unified_timestep
 
 TRAINING, PROMPTS, REAL = 24, 24, 256

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +101,22 @@ def find(settings: Settings) -> DataSet:
             f"their folder as caption: {_list(without_caption, root)}"
         )
     return DataSet(examples, warnings)
+
+
+def split(data: DataSet, fraction: float, seed: int) -> tuple[DataSet, list[Example]]:
+    """A data set without ``fraction`` of its pictures, at least one of them, and those pictures; ``seed`` decides.
+
+    Raises:
+        ConfigError: there would be no picture left to train on.
+    """
+    count = max(1, round(fraction * len(data.examples)))
+    if count >= len(data.examples):
+        raise ConfigError(
+            f"validation_split = {fraction} takes {count} of {len(data.examples)} pictures, and leaves none to train on"
+        )
+    chosen = set(random.Random(f"validation:{seed}").sample(range(len(data.examples)), count))
+    kept = [example for index, example in enumerate(data.examples) if index not in chosen]
+    return replace(data, examples=kept), [data.examples[index] for index in sorted(chosen)]
 
 
 def bucket(picture: tuple[int, int], settings: Settings) -> tuple[int, int]:

@@ -72,6 +72,9 @@ class Settings:
     min_timestep: int | None = option(None, "first timestep of the base loss")
     max_timestep: int | None = option(None, "end of its timesteps, exclusive")
 
+    validation_split: float = option(0.0, "this part of the pictures is not trained on, but looked at now and then")
+    validate_every_n_steps: int | None = option(None, "how often; ten times in a training where left out")
+
     output_dir: str = option("output", "where everything is written")
     output_name: str = option("last", "name of the LoRA file")
     save_model_as: str = option("safetensors", "format of the LoRA file", choices=("safetensors",))
@@ -123,7 +126,7 @@ class Settings:
         for name in (*whole, "max_bucket_reso", "bucket_reso_steps", "lr_scheduler_num_cycles"):
             if getattr(self, name) < 1:
                 raise wrong_value(self, name, "a whole number >= 1")
-        for name in ("save_every_n_steps", "clip_skip"):
+        for name in ("save_every_n_steps", "validate_every_n_steps", "clip_skip"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise wrong_value(self, name, "a whole number >= 1; leave it out for none")
         for name in ("learning_rate", "unet_lr", "text_encoder_lr", "max_grad_norm", "lr_warmup_steps"):
@@ -132,6 +135,8 @@ class Settings:
         for name in ("network_alpha", "min_snr_gamma"):
             if not 0 < _first(getattr(self, name), 1) < math.inf:
                 raise wrong_value(self, name, "a finite number > 0")
+        if not 0 <= self.validation_split < 1:
+            raise wrong_value(self, "validation_split", "a number from 0 to below 1")
         first, end = _first(self.min_timestep, 0), _first(self.max_timestep, NUM_TRAIN_TIMESTEPS)
         if not 0 <= first < end <= NUM_TRAIN_TIMESTEPS:
             raise ConfigError(

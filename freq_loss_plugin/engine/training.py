@@ -34,14 +34,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import guidance, report
+from ..balance import Balance, Weighed, base_gradient, detached_term
 from ..config import FreqLossConfig
-from ..latents import NUM_TRAIN_TIMESTEPS
+from ..drawing import spectrum_plot
+from ..latents import NUM_TRAIN_TIMESTEPS, residual_scale
 from ..loss import FrequencyLoss, frequency_matching_loss, min_snr_weights
 from ..memory import ResidualMemory
 from ..options import ConfigError
 from ..step import NonFiniteLossError, TermMonitor, TermNumbers, shared_timesteps, stream_name, unified_timestep
+from ..validation import ValidationBands
 from . import lora_file
-from .dataset import Batches, DataSet, Example, find
+from .dataset import Batches, DataSet, Example, find, split
 from .lora_file import TEXT_ENCODER, UNET
 from .model import Model, image_encoder_of, load
 from .settings import USE_SD_SCRIPTS, Settings
@@ -51,6 +54,7 @@ _MAY_CHANGE = {"max_train_steps", "save_every_n_steps", "save_precision", "loggi
 # Evaluations on held-out pictures: how many in a training, and at which timesteps.
 _EVALUATIONS = 10
 _EVALUATION_TIMESTEPS = (300, 500)
+_EVALUATION_BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -110,18 +114,21 @@ def train(
     """
     accelerator = _accelerator(settings)
     loss.check_model(settings.prediction_type, zero_terminal_snr=settings.zero_terminal_snr)
-    data = find(settings)
+    data, held_out = find(settings), held_out or []
+    if settings.validation_split:
+        data, validated = split(data, settings.validation_split, settings.seed)
+        held_out = [*held_out, *validated]
     for example in data.examples:
         loss.check_size(example.size[1] // 8, example.size[0] // 8)
     if loss.guided:
-        data = replace(data, features=_load_features(settings, data.examples, held_out or []))
+        data = replace(data, features=_load_features(settings, data.examples, held_out))
     state = _read_state(settings, loss, data.features) if resume else None
     logs = _writer(settings)
     model = load(settings, accelerator.device)
     if data.features is not None:
         guidance.check_width(data.features, model.text_width, _extraction_command(settings))
     _announce(settings, loss, data, accelerator)
-    return Trainer(settings, loss, data, model, accelerator, held_out or [], title).run(state, logs)
+    return Trainer(settings, loss, data, model, accelerator, held_out, title).run(state, logs)
 
 
 class Trainer:
@@ -146,11 +153,18 @@ class Trainer:
         self._alphas_on_host = model.scheduler.alphas_cumprod.float()
         self._alphas_on_device = self._alphas_on_host.to(accelerator.device)
         self._memory = ResidualMemory(loss) if loss.memory else None
+        self._balance = Balance(loss) if Balance.is_wanted(loss) else None
+        self._gradients = self._balance.share if self._balance is not None else None
         self._monitor = TermMonitor()
-        self._share = report.ShareReport(settings.max_train_steps)
+        self._share = report.ShareReport(settings.max_train_steps, held=bool(loss.share))
         self._history: list[TermNumbers] = []
         self._evaluations: list[Evaluation] = []
         self._held_out = held_out
+        sizes = dict.fromkeys(example.size for example in held_out)
+        of_size = ([index for index, each in enumerate(held_out) if each.size == size] for size in sizes)
+        self._held_out_batches = [
+            chosen[i : i + _EVALUATION_BATCH] for chosen in of_size for i in range(0, len(chosen), _EVALUATION_BATCH)
+        ]
         self._started = time.time()
         self._step = 0
         self._saved: tuple[int, Path] | None = None
@@ -162,16 +176,16 @@ class Trainer:
         self._latents = self._encode(self._data.examples, "encoding pictures")
         self._held_out_latents = self._encode(self._held_out, "encoding held-out pictures")
         began = time.perf_counter()
-        every = max(1, self._settings.max_train_steps // _EVALUATIONS)
+        every = self._settings.validate_every_n_steps or max(1, self._settings.max_train_steps // _EVALUATIONS)
         with _stop_on_signal() as stop, self._bar() as bar:
-            self._evaluate()
+            self._evaluate(logs)
             while self._step < self._settings.max_train_steps and not stop.is_set():
                 numbers = self._train_step()
                 bar.set_postfix_str(_show(numbers, self._loss))
                 bar.update()
                 self._log(logs, numbers, bar)
                 if self._step % every == 0 or self._step == self._settings.max_train_steps:
-                    self._evaluate()
+                    self._evaluate(logs)
                 if self._is_time_to_save():
                     self._save(self._step_file())
             finished = self._step >= self._settings.max_train_steps
@@ -195,7 +209,7 @@ class Trainer:
         for i in range(accumulation):
             self._backward(self._step * accumulation + i)
         arrived = self._monitor.settle(self._step + 1)
-        numbers = TermNumbers(*(sum(values) / len(values) for values in zip(*arrived, strict=True)))
+        numbers = TermNumbers.mean(arrived)
         if not abs(numbers.base) < float("inf"):
             raise NonFiniteLossError(
                 f"the loss is not finite in step {self._step + 1}: base loss = {numbers.base}. The training has "
@@ -224,20 +238,41 @@ class Trainer:
         drawn = drawn.to(latents.device)
         prediction, target = self._pass(latents, drawn, examples, generator)
         base = self._base_loss(prediction, target, drawn)
-        term = FrequencyLoss(*torch.zeros(3, device=base.device))
+        beside = base_gradient(base, prediction) if self._balance is not None else None
+        term = Weighed(FrequencyLoss(*torch.zeros(3, device=base.device)), {})
         timesteps: Tensor | float = drawn
         if self._loss.enabled and self._loss.timesteps == "own":
-            term = self._term(prediction, target, drawn, self._memory)
+            term = self._weighed_term(prediction, target, drawn, beside)
         elif shared is not None:
-            term = self._term(prediction, target, shared, self._memory)
-        self._accumulate(base + term.total)
+            term = self._weighed_term(prediction, target, shared, beside)
+        self._accumulate(base + term.loss.total)
         if self._loss.enabled and self._loss.timesteps == "unified":
+            if self._balance is not None and beside is not None:
+                self._balance.observe_base(beside)
             timesteps = unified_timestep(self._loss, self._settings.seed, number)
             generator = _generator(stream_name(self._settings.seed, number))
             prediction, target = self._pass(latents, torch.full_like(drawn, timesteps), examples, generator)
-            term = self._term(prediction, target, timesteps, self._memory)
-            self._accumulate(term.total)
-        self._monitor.add(base, term, prediction, target, timesteps)
+            term = self._weighed_term(prediction, target, timesteps, None)
+            self._accumulate(term.loss.total)
+        self._monitor.add(base, term.loss, prediction, target, timesteps, term.logs)
+
+    def _weighed_term(
+        self, prediction: Tensor, target: Tensor, timesteps: Tensor | float, beside: Tensor | None
+    ) -> Weighed:
+        """The term of a pass, against the base gradient ``beside`` where that is of the same pass."""
+
+        def term(prediction: Tensor) -> FrequencyLoss:
+            return self._term(prediction, target, timesteps, self._memory)
+
+        if self._balance is None:
+            return Weighed(term(prediction), {})
+        residual = prediction.detach() - target
+        return self._balance.weigh(
+            prediction,
+            detached_term(prediction, term),
+            residual if beside is None else beside,
+            same_pass=beside is not None,
+        )
 
     def _pass(
         self, latents: Tensor, timesteps: Tensor, examples: list[Example], generator: torch.Generator
@@ -282,18 +317,35 @@ class Trainer:
         self._accelerator.backward(loss / self._settings.gradient_accumulation_steps)
 
     @torch.no_grad()
-    def _evaluate(self) -> None:
+    def _evaluate(self, logs: Any) -> None:
         if not self._held_out:
             return
-        latents = torch.stack(self._held_out_latents).to(self._accelerator.device)
+        bands = ValidationBands(self._loss)
         found = []
         for timestep in _EVALUATION_TIMESTEPS:
-            timesteps = torch.full((len(latents),), timestep, device=latents.device)
-            prediction, target = self._pass(latents, timesteps, self._held_out, _generator(f"evaluation:{timestep}"))
-            term = self._term(prediction, target, timestep)
-            found.append((term.low.item(), term.high.item()))
-        low, high = (sum(values) / len(values) for values in zip(*found, strict=True))
+            generator = _generator(f"evaluation:{timestep}")
+            for chosen in self._held_out_batches:
+                clean = torch.stack([self._held_out_latents[index] for index in chosen]).to(self._accelerator.device)
+                timesteps = torch.full((len(clean),), timestep, device=clean.device)
+                examples = [self._held_out[index] for index in chosen]
+                prediction, target = self._pass(clean, timesteps, examples, generator)
+                term = self._term(prediction, target, timestep)
+                base = self._base_loss(prediction, target, timesteps)
+                found.append((term.low.item(), term.high.item(), base.item()))
+                scale = residual_scale(self._settings.prediction_type, timestep, self._alphas_on_host)
+                bands.add(clean, prediction - target, scale, timestep)
+        low, high, loss = (sum(values) / len(values) for values in zip(*found, strict=True))
         self._evaluations.append(Evaluation(self._step, low, high))
+        if logs is None:
+            return
+        logs.add_scalar("loss/validation/step_average", loss, self._step)
+        result = bands.finish() if self._loss.enabled and self._loss.validation else None
+        if result is None:
+            return
+        for name, value in result.numbers.items():
+            logs.add_scalar(f"loss/validation/freq_{name}", value, self._step)
+        picture = spectrum_plot(result.spectra, "A: predicted clean latents, B: clean latents")
+        logs.add_image("loss/validation/freq_spectrum", picture.numpy(), self._step, dataformats="HWC")
 
     # Before and after
 
@@ -354,6 +406,7 @@ class Trainer:
             "schedule": self._schedule.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "memory": self._memory.state_dict() if self._memory is not None else {},
+            "share": self._gradients.state_dict() if self._gradients is not None else {},
         }
         lora_file.write_whole(self._settings.state_file, lambda part: torch.save(state, part))
         self._saved = self._step, file
@@ -367,6 +420,8 @@ class Trainer:
             self._accelerator.scaler.load_state_dict(state["scaler"])
         if self._memory is not None:
             self._memory.load_state_dict(state["memory"])
+        if self._gradients is not None:
+            self._gradients.load_state_dict(state["share"])
         self._step = state["step"]
         print(f"going on after step {self._step}")
 
