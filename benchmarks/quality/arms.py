@@ -1,15 +1,15 @@
 r"""The arms of the study: what is added to plain MSE, in which pass, and how strongly.
 
 A term is a function of one batch (`Batch`) that returns a scalar. Its gradient with respect to the prediction is scaled
-before it goes into the model: by the term's own weight (``share`` None), or so that its norm is ``share`` of the norm of
+before it goes into the model: by the term's own weight (``share`` None), or so that its norm is ``share`` of that of
 the base loss's gradient at the model's output (`freq_loss_plugin.balance`).
 
-With x0_i the clean latent, x0_hat_i = x0_i + k_i·(prediction_i - target_i) its estimate (`freq_loss_plugin.latents`), and
-low, high the bands of the loss, the terms are
+With x0_i the clean latent, x0_hat_i = x0_i + k_i·(prediction_i - target_i) its estimate (`freq_loss_plugin.latents`),
+and low, high the bands of the loss, the terms are
 
 - ours          L_b = mean(band_b(sum_i x0_hat_i - x0_i)²), 0.7·L_low + 0.3·L_high
 - no split      the same without bands: mean((sum_i x0_hat_i - x0_i)²)
-- control       mean_i mean((x0_hat_i - x0_i)²): plain MSE with the weight that ours gives to a timestep, sample by sample
+- control       mean_i mean((x0_hat_i - x0_i)²): plain MSE, sample by sample, weighted by timestep as ours is
 - moments       mean over channels of (difference of means)² + (difference of standard deviations)² of a band over the
                 batch; 0.7·low + 0.3·high. Source: the style loss of Huang & Belongie 2017 (arXiv 1703.06868) eq. 13, on
                 bands instead of VGG's layers
@@ -76,8 +76,8 @@ class Arm:
     Attributes:
         name: for the table.
         term: what is added; None for plain MSE.
-        passes: which pass the term is computed from. ``unified`` is one more, at one timestep in the window; ``own`` and
-            ``shared`` are the base pass itself.
+        passes: which pass the term is computed from. ``unified`` is one more, at one timestep in the window; ``own``
+            and ``shared`` are the base pass itself.
         share: of the base gradient's norm; None: the term as it is.
         replaces: the term takes the place of ``share`` of the base loss, with no other scaling.
         length: optimizer steps, as a multiple of the others'.
@@ -144,7 +144,7 @@ def spectrum(batch: Batch) -> Tensor:
 
     def power(latents: Tensor) -> Tensor:
         energy = torch.fft.rfft2(latents).abs().square().mean(dim=(0, 1)).flatten()
-        sums = torch.zeros(shortest // 2 + 1).index_add(0, rings[inside], energy[inside])[1:]
+        sums = energy.new_zeros(shortest // 2 + 1).index_add(0, rings[inside], energy[inside])[1:]
         return (sums / sizes + 1e-6).log()
 
     error = (power(batch.estimate()) - power(batch.latents)).square()

@@ -9,9 +9,9 @@ r"""What is measured on samples and on held-out pictures. All instruments were f
   Gaussian kernel of width 10 between CLIP features of length 1, times 1000, as CMMD (Jayasumana et al. 2024, arXiv
   2401.09603); the CLIP is the embedded model's, trained on the base style alone.
 - structure: the share of samples whose position, colour and shape are those of the prompt, a mean over the three.
-  texture: for ``frames`` the share whose pattern (orientation) is that of the prompt; for ``weave`` the share of squares
-  with the right period and direction. style: for ``frames`` the share of the border that is framed; for ``weave`` as
-  texture. By direct measurement (`freq_loss_plugin.embedded.attributes`).
+  texture: for ``frames`` the share whose pattern (orientation) is that of the prompt; for ``weave`` the share of
+  squares with the right period and direction. style: for ``frames`` the share of the border that is framed; for
+  ``weave`` as texture. By direct measurement (`freq_loss_plugin.embedded.attributes`).
 - held-out loss: plain MSE on held-out pictures, a mean over five timesteps; L_low and L_high on batches of four.
 - memorisation: the distance (root mean square, 0..1) of a sample to the nearest training picture over that to the
   nearest of as many held-out ones; below 1 is nearer to the training pictures.

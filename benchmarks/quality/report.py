@@ -1,8 +1,8 @@
 """Tables and plots of a study: means, 95% confidence intervals, and paired differences against plain MSE.
 
 A pair is a seed and a style, trained in the arm and with plain MSE. The interval of the mean difference is Student's,
-over all pairs. With as many comparisons as there are here, one in twenty intervals misses 0 by chance alone; so the table
-also says how many differences survive Holm's correction over all arms and main measures.
+over all pairs. With as many comparisons as there are here, one in twenty intervals misses 0 by chance alone; so the
+table also says how many differences survive Holm's correction over all arms and main measures.
 """
 
 from __future__ import annotations
@@ -34,6 +34,15 @@ MAIN = {
 BESIDES = {"L_low": False, "L_high": False, "memorisation": True}
 
 
+_BOTH = "both styles"
+_EXPLANATION = (
+    "Difference to plain MSE, both styles; `+` better and `-` worse where the 95% interval excludes 0, `++` and `--` "
+    "where Holm's correction agrees:"
+)
+# Half of what the tables show; a difference below it is one of rounding, or might as well be.
+_SHOWN = 5e-4
+
+
 class Difference(NamedTuple):
     """A mean of paired differences, the half width of its 95% interval, and the p of Student's paired test."""
 
@@ -51,7 +60,7 @@ def differences(results: Iterable[dict[str, Any]]) -> dict[str, dict[str, Differ
     found: dict[str, dict[str, Difference]] = {}
     for arm, trials in by_arm.items():
         pairs = [pair for pair in trials if pair in plain]
-        if arm == PLAIN or len(pairs) < 2:
+        if arm == PLAIN or not pairs:
             continue
         found[arm] = {}
         for measure in (*MAIN, *BESIDES):
@@ -61,6 +70,8 @@ def differences(results: Iterable[dict[str, Any]]) -> dict[str, dict[str, Differ
 
 
 def _difference(values: np.ndarray) -> Difference:
+    if len(values) < 2:
+        return Difference(float(values.mean()), math.inf, 1.0)
     error = values.std(ddof=1) / math.sqrt(len(values))
     if error == 0:
         return Difference(float(values.mean()), 0.0, 1.0 if values.mean() == 0 else 0.0)
@@ -96,22 +107,19 @@ def tables(results: list[dict[str, Any]]) -> str:
     for style in styles:
         chosen = [each["metrics"] for each in results if each["arm"] == PLAIN and each["style"] == style]
         lines.append(_row(style, [_mean([each[measure] for each in chosen]) for measure in (*MAIN, *BESIDES)]))
-    for title, chosen in {"both styles": results} | {
-        style: [each for each in results if each["style"] == style] for style in styles
-    }.items():
+    parts = {_BOTH: results}
+    parts |= {style: [each for each in results if each["style"] == style] for style in styles}
+    for title, chosen in parts.items():
         by_arm = differences(chosen)
         lines += [
             "",
-            f"Difference to plain MSE, {title}; `+` better and `-` worse where the 95% interval excludes 0, `++` and `--` "
-            "where Holm's correction agrees:"
-            if title == "both styles"
-            else f"The same, {title} alone:",
+            _EXPLANATION if title == _BOTH else f"The same, {title} alone:",
             "",
             _row("arm", ("share", *MAIN, *BESIDES)),
             _rule(2 + len(MAIN) + len(BESIDES)),
         ]
         for arm, measures in by_arm.items():
-            marks = surviving if title == "both styles" else set()
+            marks = surviving if title == _BOTH else set()
             cells = [_cell(each, name, (arm, name) in marks) for name, each in measures.items()]
             share = np.mean([each["mean_share"] for each in chosen if each["arm"] == arm])
             lines.append(_row(arm, (f"{share:.1%}", *cells)))
@@ -127,7 +135,7 @@ def tables(results: list[dict[str, Any]]) -> str:
 
 def _cell(each: Difference, measure: str, survives: bool) -> str:
     mark = ""
-    if abs(each.mean) > each.half_width:
+    if abs(each.mean) > each.half_width and abs(each.mean) >= _SHOWN:
         better = (each.mean > 0) == {**MAIN, **BESIDES}[measure]
         mark = " " + ("+" if better else "-") * (2 if survives else 1)
     return f"{each.mean:+.3f} ± {each.half_width:.3f}{mark}"
@@ -157,7 +165,7 @@ def forest(results: list[dict[str, Any]], file: Path) -> None:
     for axis, (measure, more_is_better) in zip(axes.flat, MAIN.items(), strict=False):
         for place, arm in enumerate(arms):
             each = found[arm][measure]
-            clear = abs(each.mean) > each.half_width
+            clear = abs(each.mean) > each.half_width and abs(each.mean) >= _SHOWN
             colour = COLOURS[1]
             if clear:
                 colour = COLOURS[3] if (each.mean > 0) == more_is_better else COLOURS[2]
@@ -167,7 +175,8 @@ def forest(results: list[dict[str, Any]], file: Path) -> None:
         axis.set_yticks(range(len(arms)), arms, fontsize=8)
         axis.tick_params(axis="x", labelsize=8)
     figure.suptitle(
-        "difference to plain MSE, mean and 95% interval over pairs of seed and style: blue better, orange worse, grey neither",
+        "difference to plain MSE, mean and 95% interval over pairs of seed and style: "
+        "blue better, orange worse, grey neither",
         fontsize=10,
     )
     figure.savefig(file)

@@ -1,11 +1,11 @@
 """Does the loss help? LoRAs on the embedded model, in every arm, with several seeds, on both held-back styles.
 
-    pip install wavelet-loss focal-frequency-loss scipy           where the first two are missing, their arms are left out
+    pip install scipy wavelet-loss focal-frequency-loss        where the last two are missing, their arms are left out
     python benchmarks/quality/study.py [--seeds 5] [--steps 120] [--output output/quality]
 
-Trials that are there already are not trained again, so an interrupted study goes on where it stopped, and more seeds or
-arms can be added later. Writes one JSON file for each trial, `results.md`, `forest.png` and `samples.png`. What is trained
-and measured, and how: `arms.py`, `trial.py`, `metrics.py`, `report.py`.
+Trials that are there already are not trained again, so an interrupted study goes on where it stopped, and more seeds
+or arms can be added later. Writes one JSON file for each trial, `results.md`, `forest.png` and `samples.png`. What is
+trained and measured, and how: `arms.py`, `trial.py`, `metrics.py`, `report.py`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """One trial: a LoRA trained on the embedded model in one arm, with one seed, on one style; then samples and measures.
 
-The seed decides the training pictures, the beginning of the LoRA, the order of the pictures, their noise and timesteps:
-two arms with the same seed see the same. The extra pass of the arms that have one (`unified`) takes its timestep and its
-noise from the seed, too. Prompts, the noise of the samples and the held-out pictures are the same for all.
+The seed decides the training pictures, the beginning of the LoRA, the order of the pictures, their noise and
+timesteps: two arms with the same seed see the same. The extra pass of the arms that have one (`unified`) takes its
+timestep and its noise from the seed, too. Prompts, the noise of the samples and the held-out pictures are the same for
+all.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from diffusers.optimization import get_scheduler
 from PIL import Image
 from torch import Tensor
 
-from freq_loss_plugin import FreqLossConfig
+from freq_loss_plugin import FreqLossConfig, frequency_matching_loss
+from freq_loss_plugin.balance import GradientShare, with_gradient
 from freq_loss_plugin.embedded import model_folder
 from freq_loss_plugin.embedded.pictures import STYLES, Scene, draw, random_scene
 from freq_loss_plugin.engine.comparison import Sampling, sample
@@ -30,7 +32,6 @@ from freq_loss_plugin.engine.dataset import Batches, Example
 from freq_loss_plugin.engine.extraction import Clip
 from freq_loss_plugin.engine.model import Model, load
 from freq_loss_plugin.engine.settings import Settings
-from freq_loss_plugin.balance import GradientShare, with_gradient
 from freq_loss_plugin.step import shared_timesteps, stream_name, unified_timestep
 
 TRAINING, PROMPTS, REAL = 24, 24, 256
@@ -66,7 +67,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Reference:
-    """What samples of a style are compared with: scenes of the prompts, and real pictures, their latents and features."""
+    """What samples of a style are compared with: scenes of the prompts; real pictures, their latents and features."""
 
     scenes: list[Scene]
     prompts_latents: Tensor
@@ -193,8 +194,6 @@ def held_out(model: Model, reference: Reference, prompts: list[str]) -> dict[str
 
 def band_losses(batch: Batch) -> tuple[float, float]:
     """(L_low, L_high) of a batch at one timestep."""
-    from freq_loss_plugin import frequency_matching_loss
-
     loss = frequency_matching_loss(
         batch.prediction,
         batch.target,
