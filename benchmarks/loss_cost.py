@@ -15,7 +15,8 @@ multiples of `F.mse_loss` forward and backward on the same tensors.
 - ours, …        `freq_loss_plugin.frequency_matching_loss`
 
 The other losses are other losses: they are here for their cost alone. A second table shows the most memory that tensors
-hold during forward and backward, beyond the two inputs, as multiples of one of them (the gradient of plain MSE is one).
+hold during forward and backward, beyond the two inputs, as multiples of one of them (the gradient of plain MSE is one);
+a third what the wavelet and the number of levels change. With --plot FILE the first is drawn, too.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from freq_loss_plugin import FreqLossConfig, frequency_matching_loss, wavelet_library
+from freq_loss_plugin.drawing import new_figure
 
 # Channels and size of latents by model and resolution, and batches of each.
 LATENTS = {
@@ -48,6 +50,8 @@ LATENTS = {
 BATCHES = (1, 4, 16, 64)
 # Elements of the largest batch that is measured: 64 of SDXL, 4 of FLUX at 2048 px.
 LARGEST = 2**22
+# Of the third table.
+WAVELETS, LEVELS, ONE_SIZE = ("haar", "db3", "sym5", "bior2.4", "db8"), (1, 2, 3, 4), (4, 4, 64, 64)
 TIMESTEP = 400
 
 
@@ -97,8 +101,8 @@ def shifted_fft(latents: Tensor) -> tuple[Tensor, Tensor]:
     return back(spectrum * disc), back(spectrum * (1 - disc))
 
 
-def ours(method: str, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    config, alphas_cumprod = FreqLossConfig.from_mapping({"freq_loss_method": method}), schedule()
+def ours(method: str, **options: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    config, alphas_cumprod = FreqLossConfig.from_mapping({"freq_loss_method": method, **options}), schedule()
 
     def loss(prediction: Tensor, target: Tensor, noisy: Tensor) -> Tensor:
         return frequency_matching_loss(
@@ -198,6 +202,28 @@ def inputs(shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor
     return prediction.requires_grad_(), target, noisy
 
 
+def draw(measured: dict[tuple[str, int], dict[str, float]], file: str, heading: str) -> None:
+    """One panel for each kind of latent: batch to multiples of plain MSE, one curve for each arm."""
+    figure = new_figure(1300, 420, layout="constrained")
+    names = list(dict.fromkeys(name for name, _ in measured))
+    for axis, name in zip(figure.subplots(1, len(names), sharey=True), names, strict=True):
+        batches = [batch for each, batch in measured if each == name]
+        for arm in list(measured[name, batches[0]])[1:]:
+            ratios = [measured[name, batch][arm] / measured[name, batch]["mse"] for batch in batches]
+            width = 2.5 if arm.startswith("ours") else 1.0
+            axis.loglog(batches, ratios, marker="o", markersize=3, linewidth=width, label=arm)
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set_title(name, fontsize=10)
+        axis.set_xticks(batches, [str(batch) for batch in batches])
+        axis.set_xlabel("batch")
+        axis.minorticks_off()
+        axis.set_yticks([1, 3, 10, 30, 100], ["×1", "×3", "×10", "×30", "×100"])
+    figure.axes[0].set_ylabel("forward and backward, times plain MSE", fontsize=8)
+    figure.axes[0].legend(fontsize=7)
+    figure.suptitle(heading, fontsize=8)
+    figure.savefig(file)
+
+
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -207,6 +233,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--plot", metavar="FILE", help="draw the first table")
     options = parser.parse_args()
     device = torch.device(options.device)
     arms: dict[str, Callable] = {
@@ -214,8 +241,8 @@ def main() -> None:
         "formula, wavelet": formula(library_wavelet(device)),
         "formula, fft": formula(shifted_fft),
         **others(device),
-        "ours, wavelet": ours("wavelet", device),
-        "ours, fft": ours("fft", device),
+        "ours, wavelet": ours("wavelet"),
+        "ours, fft": ours("fft"),
     }
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, Python {platform.python_version()}, {where}, float32\n")
@@ -223,8 +250,9 @@ def main() -> None:
     batches = [each for each in batches if math.prod(each[2]) <= LARGEST]
     print(f"| latents | batch | mse | {' | '.join(list(arms)[1:])} |")
     print("|---" * (len(arms) + 2) + "|")
+    measured = {}
     for name, batch, shape in batches:
-        medians = measure(arms, shape, device, options.repeats)
+        medians = measured[name, batch] = measure(arms, shape, device, options.repeats)
         ratios = [f"×{medians[arm] / medians['mse']:.1f}" for arm in list(arms)[1:]]
         print(f"| {name} | {batch} | {medians['mse'] * 1e6:.0f} µs | {' | '.join(ratios)} |", flush=True)
     print(f"\n| memory | batch | {' | '.join(arms)} |")
@@ -233,6 +261,19 @@ def main() -> None:
         if batch in (4, 64):
             held = memory(arms, shape, device)
             print(f"| {name} | {batch} | {' | '.join(f'{value:.1f}' for value in held.values())} |")
+    print(f"\n| {'×'.join(map(str, ONE_SIZE))} | {' | '.join(f'J = {levels}' for levels in LEVELS)} |")
+    print("|---" * (len(LEVELS) + 1) + "|")
+    variants: dict[str, Callable] = {"mse": arms["mse"]}
+    for wavelet in WAVELETS:
+        for levels in LEVELS:
+            named = {"freq_loss_wavelet": wavelet, "freq_loss_levels": levels}
+            variants[f"{wavelet} {levels}"] = ours("wavelet", **named)
+    medians = measure(variants, ONE_SIZE, device, 2 * options.repeats)
+    for wavelet in WAVELETS:
+        ratios = [f"×{medians[f'{wavelet} {levels}'] / medians['mse']:.1f}" for levels in LEVELS]
+        print(f"| {wavelet} | {' | '.join(ratios)} |")
+    if options.plot:
+        draw(measured, options.plot, f"torch {torch.__version__}, {where}, float32")
 
 
 if __name__ == "__main__":
