@@ -16,7 +16,8 @@ multiples of `F.mse_loss` forward and backward on the same tensors.
 
 The other losses are other losses: they are here for their cost alone. A second table shows the most memory that tensors
 hold during forward and backward, beyond the two inputs, as multiples of one of them (the gradient of plain MSE is one);
-a third what the wavelet and the number of levels change. With --plot FILE the first is drawn, too.
+a third what the wavelet and the number of levels change, a fourth the statistics that `quality/` tried. With --plot FILE
+the first is drawn, too.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ import math
 import platform
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -144,6 +147,19 @@ def others(device: torch.device) -> dict[str, Callable[[Tensor, Tensor, Tensor],
         focal = FocalFrequencyLoss()
         arms["focal"] = lambda prediction, target, noisy: focal(prediction, target)
     return arms
+
+
+def statistics_tried() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    """Those of the arms of the study in `quality/` that are no part of the loss."""
+    sys.path.insert(0, str(Path(__file__).parent / "quality"))
+    from arms import Batch, Term, mmd, moments, spectrum
+
+    alphas_cumprod = schedule()
+
+    def loss(term: Term) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        return lambda prediction, target, clean: term(Batch(prediction, target, clean, TIMESTEP, alphas_cumprod))
+
+    return {term.__name__: loss(term) for term in (moments, spectrum, mmd)}
 
 
 def measure(arms: dict[str, Callable], shape: tuple[int, ...], device: torch.device, repeats: int) -> dict[str, float]:
@@ -272,6 +288,12 @@ def main() -> None:
     for wavelet in WAVELETS:
         ratios = [f"×{medians[f'{wavelet} {levels}'] / medians['mse']:.1f}" for levels in LEVELS]
         print(f"| {wavelet} | {' | '.join(ratios)} |")
+    terms = {"mse": arms["mse"], "ours, wavelet": arms["ours, wavelet"], **statistics_tried()}
+    print(f"\n| statistic | {' | '.join(list(terms)[1:])} |\n{'|---' * len(terms)}|")
+    for shape in (ONE_SIZE, (4, 16, 256, 256)):
+        medians = measure(terms, shape, device, options.repeats)
+        ratios = [f"×{medians[name] / medians['mse']:.1f}" for name in list(terms)[1:]]
+        print(f"| {'×'.join(map(str, shape))} | {' | '.join(ratios)} |")
     if options.plot:
         draw(measured, options.plot, f"torch {torch.__version__}, {where}, float32")
 
