@@ -16,8 +16,8 @@ multiples of `F.mse_loss` forward and backward on the same tensors.
 
 The other losses are other losses: they are here for their cost alone. A second table shows the most memory that tensors
 hold during forward and backward, beyond the two inputs, as multiples of one of them (the gradient of plain MSE is one);
-a third what the wavelet and the number of levels change, a fourth the statistics that `quality/` tried. With --plot FILE
-the first is drawn, too.
+a third what the wavelet and the number of levels change, a fourth the statistics that `quality/` tried. With --plot
+FILE the first is drawn, too.
 """
 
 from __future__ import annotations

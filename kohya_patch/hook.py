@@ -272,8 +272,10 @@ class LossHook:
     def _weighed_against(self, base_loss: Tensor, term: _Term) -> _Term:
         """The term of a batch whose base loss is there, with the share and the numbers that the options ask for."""
         prediction, self._base_prediction = self._base_prediction, None
-        if self._balance is None or prediction is None or (term.gradient is None and not term.logs):
+        if self._balance is None or prediction is None:
             return term
+        if term.gradient is None and (self._balance.share is None or not term.logs):
+            return term  # nothing to compare with, or nobody who asks
         beside = base_gradient(base_loss, prediction)
         if beside is None:
             raise UnsupportedTrainerError(
