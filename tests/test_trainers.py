@@ -23,12 +23,16 @@ from torch import autocast
 
 import freq_loss_plugin.report
 from freq_loss_plugin import ConfigError, FreqLossConfig
+from freq_loss_plugin.balance import Balance
+from freq_loss_plugin.memory import ResidualMemory
 from freq_loss_plugin.report import ShareReport
 from freq_loss_plugin.step import DeferredScalars, NonFiniteLossError, shared_timesteps
 from kohya_patch import network, report
 from kohya_patch.hook import LossHook
+from kohya_patch.state import StateFile
 from kohya_patch.trainers import (
     FAMILIES,
+    NEEDED_FOR_VALIDATION,
     Training,
     UnsupportedTrainerError,
     at_one_timestep,
@@ -577,6 +581,13 @@ def test_no_option_of_sd_scripts_looks_like_one_of_ours(stand_ins, name):
             {"freq_loss_timesteps": "own", "model_prediction_type": "sigma_scaled"},
             ["'own'", "'sigma_scaled'", "model_prediction_type = 'raw'", "'unified'"],
         ),
+        (
+            "flux",
+            {"freq_loss_validation": True, "model_prediction_type": "additive"},
+            ["freq_loss_validation", "'additive'", "model_prediction_type = 'raw'"],
+        ),
+        ("sd15", {"freq_loss_share": -1}, ["freq_loss_share = -1", ">= 0"]),
+        ("sd15", {"freq_loss_grad_cosine": "yes"}, ["freq_loss_grad_cosine = 'yes'", "true or false"]),
         ("flux", {"blocks_to_swap": 10}, ["'unified'", "blocks_to_swap = 10", "'shared'"]),
         (
             "sd15",
@@ -759,6 +770,62 @@ def test_useless_settings_are_warnings_at_the_start(capsys, caplog):
     _, warnings = announced(config, capsys, caplog, train_batch_size=1, max_timestep=300)
     for words in ("plain MSE of the batch sum", "batch size 1", "not inside the trainer's own 0..300"):
         assert words in warnings
+
+
+def test_the_block_tells_what_a_share_makes_of_dist_match(capsys, caplog):
+    block, _ = announced(FreqLossConfig(share=0.1), capsys, caplog, train_batch_size=4)
+    assert "dist_match = 0.003 (for the first batch; then by freq_loss_share)" in block
+    assert "freq_loss_share = 0.1" in block
+    assert "comparing gradients at the model's output" in block
+    assert "grad_cosine" not in block
+
+
+def test_with_a_share_the_part_of_the_loss_is_told_without_advice(caplog):
+    pytest.importorskip("accelerate")
+    caplog.set_level(logging.INFO, logger="kohya_patch")
+    shares = ShareReport(3, held=True)
+    for step in range(1, 4):
+        shares.add(0.001)
+        report.tell(shares.after_step(step))
+    assert "0.10% of the loss on average" in caplog.text
+    assert "multiply" not in caplog.text
+
+
+def test_validation_without_validation_pictures_is_a_warning(capsys, caplog):
+    config = FreqLossConfig(validation=True)
+    _, warnings = announced(config, capsys, caplog, train_batch_size=4)
+    assert "set validation_split" in warnings
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="kohya_patch"):
+        args = argparse.Namespace(train_batch_size=4)
+        report.announce(Training(NetworkTrainer(), args, validates=True), config, "networks.lora")
+    assert caplog.text == ""
+
+
+def test_a_trainer_that_logs_in_another_way_cannot_validate_in_bands():
+    with pytest.raises(UnsupportedTrainerError, match="the method accelerator_logging"):
+        check_trainer(NetworkTrainer(), NEEDED_FOR_VALIDATION)
+
+
+def test_a_state_without_our_file_begins_anew_and_says_so(tmp_path, caplog):
+    pytest.importorskip("accelerate")
+    config, args = FreqLossConfig(memory=2, share=0.1), argparse.Namespace(resume=str(tmp_path))
+    kept = ResidualMemory(config), Balance(config)
+    with caplog.at_level(logging.WARNING, logger="kohya_patch"):
+        state = StateFile(config, args, *kept)
+    assert "freq_loss_memory begins anew" in caplog.text
+    assert "freq_loss_share begins anew" in caplog.text
+    kept[0].join(torch.randn(4, 8, 8))
+    kept[1].share.observe(base=torch.ones(3), term=torch.ones(3))
+    state._save(None, None, str(tmp_path))
+    caplog.clear()
+    again = ResidualMemory(config), Balance(config)
+    StateFile(config, args, *again)
+    assert caplog.text == ""
+    for before, after in zip((kept[0], kept[1].share), (again[0], again[1].share), strict=True):
+        assert before.state_dict().keys() == after.state_dict().keys() != set()
+        for name, value in before.state_dict().items():
+            assert torch.equal(after.state_dict()[name], value)
 
 
 def test_off_says_only_that_it_is_off(capsys, caplog):

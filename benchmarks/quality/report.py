@@ -188,7 +188,7 @@ def pictures(results: list[dict[str, Any]], folder: Path, arms: list[str], file:
 
     styles = sorted({each["style"] for each in results})
     seed = min(each["seed"] for each in results)
-    figure = new_figure(1500, 150 * (len(arms) + 1), dpi=100, layout="constrained")
+    figure = new_figure(1500, 122 * (len(arms) + 1), dpi=100, layout="constrained")
     axes = figure.subplots(len(arms) + 1, len(styles) * count, squeeze=False)
     for axis in axes.flat:
         axis.set_xticks([])
