@@ -235,7 +235,7 @@ def draw(measured: dict[tuple[str, int], dict[str, float]], file: str, heading: 
         axis.minorticks_off()
         axis.set_yticks([1, 3, 10, 30, 100], ["×1", "×3", "×10", "×30", "×100"])
     figure.axes[0].set_ylabel("forward and backward, times plain MSE", fontsize=8)
-    figure.axes[0].legend(fontsize=7)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), fontsize=8, loc="outside right center")
     figure.suptitle(heading, fontsize=8)
     figure.savefig(file)
 

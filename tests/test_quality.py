@@ -20,6 +20,8 @@ import trial
 
 ALPHAS = oracle.stable_diffusion_alphas_cumprod()
 TIMESTEP = 400
+# The arms of packages that need not be here.
+PUBLISHED = {f"{name}, {how}" for name in ("wavelet-loss", "focal") for how in ("as published", "10%")}
 
 
 def batch(count=4, side=16, seed=0):
@@ -235,6 +237,27 @@ def test_what_differs_is_marked_and_what_does_not_is_not():
     assert line.split("|")[3].strip().endswith(" --")
     # A difference of rounding is none, however regular.
     assert " +" not in report.tables(results(-1e-6, noise=0.0)).split("interval excludes 0")[1].replace("+0.", "")
+
+
+def test_results_are_read_as_they_were_written(tmp_path):
+    trials = results(0.1, pairs=2)
+    report.write(trials, tmp_path / "results.csv")
+    for found, expected in zip(report.read(tmp_path / "results.csv"), trials, strict=True):
+        assert found["metrics"] == pytest.approx(expected["metrics"], rel=1e-5)
+        assert {**found, "metrics": None} == {**expected, "metrics": None}
+
+
+@pytest.mark.parametrize("file", ["README.md", "README.zh.md", "benchmarks/quality/README.md"])
+def test_the_documents_show_what_was_measured(file):
+    """Their tables are made of the trials that are kept beside the study."""
+    root = Path(__file__).resolve().parents[1]
+    trials = report.read(root / "benchmarks" / "quality" / "results.csv")
+    assert {each["arm"] for each in trials} == {*PUBLISHED, *arms.all_arms()}
+    assert len({each["seed"] for each in trials}) >= 5
+    expected = report.summary(trials) if file.startswith("README") else report.tables(trials)
+    text = (root / file).read_text(encoding="utf-8")
+    missing = [line for line in expected.splitlines() if line not in text]
+    assert not missing
 
 
 def test_holms_correction_is_the_step_down_one():

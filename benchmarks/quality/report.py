@@ -7,6 +7,7 @@ table also says how many differences survive Holm's correction over all arms and
 
 from __future__ import annotations
 
+import csv
 import math
 from collections import defaultdict
 from collections.abc import Iterable
@@ -32,6 +33,9 @@ MAIN = {
     "style": True,
 }
 BESIDES = {"L_low": False, "L_high": False, "memorisation": True}
+# What fits on a page.
+SUMMARY = ("held-out loss", "spectrum low", "spectrum high", "kernel distance", "structure", "texture")
+_TRIAL = ("arm", "style", "seed", "steps", "mean_share")
 
 
 _BOTH = "both styles"
@@ -80,6 +84,32 @@ def _difference(values: np.ndarray) -> Difference:
     return Difference(float(values.mean()), float(stats.t.ppf(0.975, freedom) * error), float(p))
 
 
+def write(results: Iterable[dict[str, Any]], file: Path) -> None:
+    """One line for each trial."""
+    rows = [{**{name: each[name] for name in _TRIAL}, **each["metrics"]} for each in results]
+    with open(file, "w", newline="", encoding="utf-8") as target:
+        writer = csv.DictWriter(target, rows[0], lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow(
+                {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
+            )
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    """What `write` wrote."""
+    with open(file, newline="", encoding="utf-8") as source:
+        rows = list(csv.DictReader(source))
+    kinds: dict[str, Any] = {"arm": str, "style": str, "seed": int, "steps": int, "mean_share": float}
+    return [
+        {
+            **{name: kind(row[name]) for name, kind in kinds.items()},
+            "metrics": {name: float(value) for name, value in row.items() if name not in kinds},
+        }
+        for row in rows
+    ]
+
+
 def holm(found: dict[str, dict[str, Difference]], level: float = 0.05) -> set[tuple[str, str]]:
     """(arm, measure) whose difference survives Holm's correction over all of them."""
     tests = sorted((found[arm][measure].p, arm, measure) for arm in found for measure in MAIN)
@@ -89,6 +119,16 @@ def holm(found: dict[str, dict[str, Difference]], level: float = 0.05) -> set[tu
             break
         surviving.add((arm, measure))
     return surviving
+
+
+def summary(results: list[dict[str, Any]]) -> str:
+    """Markdown: the differences of every arm in some main measures."""
+    found = differences(results)
+    surviving = holm(found)
+    lines = [_row("arm", SUMMARY), _rule(1 + len(SUMMARY))]
+    for arm, measures in found.items():
+        lines.append(_row(arm, [_cell(measures[name], name, (arm, name) in surviving) for name in SUMMARY]))
+    return "\n".join(lines)
 
 
 def tables(results: list[dict[str, Any]]) -> str:

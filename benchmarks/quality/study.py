@@ -4,8 +4,9 @@
     python benchmarks/quality/study.py [--seeds 5] [--steps 120] [--output output/quality]
 
 Trials that are there already are not trained again, so an interrupted study goes on where it stopped, and more seeds
-or arms can be added later. Writes one JSON file for each trial, `results.md`, `forest.png` and `samples.png`. What is
-trained and measured, and how: `arms.py`, `trial.py`, `metrics.py`, `report.py`.
+or arms can be added later. Writes one JSON file for each trial, `results.csv` with all of them, the tables
+`results.md`, `forest.png` and `samples.png`. What is trained and measured, and how: `arms.py`, `trial.py`,
+`metrics.py`, `report.py`.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ def main() -> None:
             results.append(done.result())
     order = list(all_arms())
     results.sort(key=lambda each: (order.index(each["arm"]), each["style"], each["seed"]))
+    report.write(results, options.output / "results.csv")
     text = report.tables(results)
     (options.output / "results.md").write_text(text + "\n", encoding="utf-8")
     report.forest(results, options.output / "forest.png")
