@@ -466,14 +466,19 @@ def test_masked_loss_masks_the_latents_by_the_conditioning_images(stand_ins, nam
 
 
 @pytest.mark.host
-def test_float16_autocast_with_a_gradient_scaler(stand_ins):
+@pytest.mark.parametrize(
+    "options",
+    [{"dist_match": 0.1}, {"share": 0.5}, {"share": 0.5, "timesteps": "own", "max_timestep": 1000}],
+    ids=["unified", "unified share", "own share"],
+)
+def test_float16_autocast_with_a_gradient_scaler(stand_ins, options):
     """What a GPU does under fp16: the scaled gradient, unscaled, is the float32 gradient up to half precision."""
     gradients, predictions = {}, {}
     for half in (False, True):
         stand_in = stand_ins.make("sd15")
         scaler = torch.amp.GradScaler("cpu", enabled=half, init_scale=2.0**10)
         stand_in.accelerator.autocast = lambda: autocast("cpu", dtype=torch.float16, enabled=half)  # noqa: B023
-        install(stand_in, FreqLossConfig(dist_match=0.1))
+        install(stand_in, FreqLossConfig(**options))
         stand_in.accelerator.scaler = scaler
         optimizer = torch.optim.SGD(stand_in.denoiser.parameters(), lr=0.0)
         stand_in.accelerator.backward(stand_in.process_batch())
