@@ -106,7 +106,13 @@ def test_the_chinese_readme_keeps_step():
     rows = [[line.count("|") for line in text.splitlines() if line.startswith("|")] for text in (chinese, english)]
     assert rows[0] == rows[1]
     targets = [re.findall(r"\]\(([^)]+)\)", text) for text in (chinese, english)]
-    assert ["README.zh.md" if each == "README.md" else each for each in targets[0]] == targets[1]
+    same = {"README.md": "README.zh.md", "#有帮助吗": "#does-it-help"}
+    assert [same.get(each, each) for each in targets[0]] == targets[1]
+    for text, link in ((chinese, "#有帮助吗"), (english, "#does-it-help")):  # a heading's anchor is made of its words
+        anchors = [
+            "#" + heading.lower().replace(" ", "-").strip("?？") for heading in re.findall(r"^#+ (.*)", text, re.M)
+        ]
+        assert link in anchors
     options = [re.findall(r"^\| (`\w+`) \| (`[^`]*`) \|", text, re.M) for text in (chinese, english)]
     assert options[0] == options[1]
     figures = [sorted(re.findall(r"\d+(?:\.\d+)?", text)) for text in (chinese, english)]

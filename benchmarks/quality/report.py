@@ -35,7 +35,14 @@ MAIN = {
 BESIDES = {"L_low": False, "L_high": False, "memorisation": True}
 # What fits on a page.
 SUMMARY = ("held-out loss", "spectrum low", "spectrum high", "kernel distance", "structure", "texture")
-_TRIAL = ("arm", "style", "seed", "steps", "mean_share")
+# Columns of the file of results before the measures, one of which is called style, too: key and kind.
+_TRIAL: dict[str, tuple[str, Any]] = {
+    "arm": ("arm", str),
+    "pictures": ("style", str),
+    "seed": ("seed", int),
+    "steps": ("steps", int),
+    "mean_share": ("mean_share", float),
+}
 
 
 _BOTH = "both styles"
@@ -86,7 +93,7 @@ def _difference(values: np.ndarray) -> Difference:
 
 def write(results: Iterable[dict[str, Any]], file: Path) -> None:
     """One line for each trial."""
-    rows = [{**{name: each[name] for name in _TRIAL}, **each["metrics"]} for each in results]
+    rows = [{**{column: each[key] for column, (key, _) in _TRIAL.items()}, **each["metrics"]} for each in results]
     with open(file, "w", newline="", encoding="utf-8") as target:
         writer = csv.DictWriter(target, rows[0], lineterminator="\n")
         writer.writeheader()
@@ -100,11 +107,10 @@ def read(file: Path) -> list[dict[str, Any]]:
     """What `write` wrote."""
     with open(file, newline="", encoding="utf-8") as source:
         rows = list(csv.DictReader(source))
-    kinds: dict[str, Any] = {"arm": str, "style": str, "seed": int, "steps": int, "mean_share": float}
     return [
         {
-            **{name: kind(row[name]) for name, kind in kinds.items()},
-            "metrics": {name: float(value) for name, value in row.items() if name not in kinds},
+            **{key: kind(row[column]) for column, (key, kind) in _TRIAL.items()},
+            "metrics": {name: float(value) for name, value in row.items() if name not in _TRIAL},
         }
         for row in rows
     ]
@@ -213,6 +219,7 @@ def forest(results: list[dict[str, Any]], file: Path) -> None:
         axis.axvline(0, color=COLOURS[0], linewidth=0.8)
         axis.set_title(f"{measure} ({'more' if more_is_better else 'less'} is better)", fontsize=10)
         axis.set_yticks(range(len(arms)), arms, fontsize=8)
+        axis.locator_params(axis="x", nbins=5)
         axis.tick_params(axis="x", labelsize=8)
     figure.suptitle(
         "difference to plain MSE, mean and 95% interval over pairs of seed and style: "
