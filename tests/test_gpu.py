@@ -15,7 +15,7 @@ LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaun
 
 def inputs(shape=(4, 4, 64, 64)):
     generator = torch.Generator().manual_seed(0)
-    prediction, target = (torch.randn(shape, generator=generator).cuda() for _ in range(2))
+    prediction, target = (torch.randn(shape, generator=generator).to("cuda") for _ in range(2))
     return prediction.requires_grad_(), target
 
 
@@ -36,7 +36,7 @@ _kept: list[torch.Tensor] = []
 
 def _alphas_on_device():
     if not _kept:
-        _kept.append(ALPHAS.cuda())
+        _kept.append(ALPHAS.to("cuda"))
     return _kept[0]
 
 
@@ -48,7 +48,7 @@ CASES = [
 
 
 def on_device(timesteps):
-    return timesteps.cuda() if isinstance(timesteps, torch.Tensor) else timesteps
+    return timesteps.to("cuda") if isinstance(timesteps, torch.Tensor) else timesteps
 
 
 @pytest.mark.parametrize(("config", "timesteps"), CASES)
