@@ -9,13 +9,14 @@ from freq_loss_plugin import FreqLossConfig, frequency_matching_loss
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
+DEVICE = torch.device("cuda")
 ALPHAS = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, dim=0)
 LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")
 
 
 def inputs(shape=(4, 4, 64, 64)):
     generator = torch.Generator().manual_seed(0)
-    prediction, target = (torch.randn(shape, generator=generator).to("cuda") for _ in range(2))
+    prediction, target = (torch.randn(shape, generator=generator).to(DEVICE) for _ in range(2))
     return prediction.requires_grad_(), target
 
 
@@ -36,7 +37,7 @@ _kept: list[torch.Tensor] = []
 
 def _alphas_on_device():
     if not _kept:
-        _kept.append(ALPHAS.to("cuda"))
+        _kept.append(ALPHAS.to(DEVICE))
     return _kept[0]
 
 
@@ -48,7 +49,7 @@ CASES = [
 
 
 def on_device(timesteps):
-    return timesteps.to("cuda") if isinstance(timesteps, torch.Tensor) else timesteps
+    return timesteps.to(DEVICE) if isinstance(timesteps, torch.Tensor) else timesteps
 
 
 @pytest.mark.parametrize(("config", "timesteps"), CASES)
