@@ -203,7 +203,7 @@ class LossHook:
             self._term = self._compute(batch, results, timestep)
             return results
         results = self._originals["get_noise_pred_and_target"](*call.args, **call.kwargs)
-        timesteps = results[2].to(batch["accelerator"].device) * self._family.timestep_scale
+        timesteps = self._reported_timesteps(results, batch["accelerator"].device)
         self._term = self._compute(batch, results, timesteps)
         return results
 
@@ -289,9 +289,14 @@ class LossHook:
         loss, logs = self._balance.weigh(term.prediction, detached, beside, same_pass=True)
         return term._replace(loss=loss, logs=logs, gradient=None)
 
+    def _reported_timesteps(self, results: Any, device: torch.device) -> Tensor:
+        """Those that the trainer returned, on the scale 0..1000; whole numbers stay what they are."""
+        timesteps: Tensor = results[2].to(device)
+        return timesteps if self._family.timestep_scale == 1 else timesteps * self._family.timestep_scale
+
     def _validate(self, validation: ValidationReport, call: dict[str, Any], latents: Tensor, results: Any) -> None:
         """Take a validation batch into the report."""
-        timesteps = results[2].to(call["accelerator"].device) * self._family.timestep_scale
+        timesteps = self._reported_timesteps(results, call["accelerator"].device)
         scale = residual_scale(self._prediction_type, timesteps, self._schedule(call["noise_scheduler"], timesteps))
         validation.add(latents, results, scale, timesteps)
 

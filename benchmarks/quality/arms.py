@@ -134,9 +134,9 @@ def moments(batch: Batch) -> Tensor:
 
 def spectrum(batch: Batch) -> Tensor:
     """Logarithmic radial power over the batch; a ring belongs to the low band up to 1/8 cycles per latent pixel."""
-    height, width = batch.latents.shape[-2:]
-    rows = torch.fft.fftfreq(height)[:, None]
-    radius = torch.hypot(rows, torch.fft.rfftfreq(width)[None, :])
+    (height, width), device = batch.latents.shape[-2:], batch.latents.device
+    rows = torch.fft.fftfreq(height, device=device)[:, None]
+    radius = torch.hypot(rows, torch.fft.rfftfreq(width, device=device)[None, :])
     shortest = min(height, width)
     rings = (radius * shortest + 0.5).long().flatten()
     inside = (rings > 0) & (rings <= shortest // 2)  # neither the mean nor the corners
@@ -148,7 +148,7 @@ def spectrum(batch: Batch) -> Tensor:
         return (sums / sizes + 1e-6).log()
 
     error = (power(batch.estimate()) - power(batch.latents)).square()
-    low = torch.arange(1, shortest // 2 + 1) / shortest <= 1 / 8
+    low = torch.arange(1, shortest // 2 + 1, device=device) / shortest <= 1 / 8
     return LOW * error[low].mean() + HIGH * error[~low].mean()
 
 
@@ -161,7 +161,7 @@ def mmd(batch: Batch) -> Tensor:
         both = torch.cat([one, other])
         # Without cdist, whose gradient at distance 0 is not a number.
         squares = (both[:, None] - both[None, :]).square().sum(dim=-1)
-        scale = squares.detach()[~torch.eye(2 * count, dtype=torch.bool)].median()
+        scale = squares.detach()[~torch.eye(2 * count, dtype=torch.bool, device=squares.device)].median()
         kernel = sum((-squares / (factor * scale)).exp() for factor in (0.5, 1.0, 2.0))
         assert isinstance(kernel, Tensor)
         return kernel[:count, :count].mean() + kernel[count:, count:].mean() - 2 * kernel[:count, count:].mean()
@@ -171,7 +171,7 @@ def mmd(batch: Batch) -> Tensor:
 
 def sham(batch: Batch) -> Tensor:
     """Plain MSE, written as a wavelet loss: two levels of an orthonormal Haar transform, all coefficients alike."""
-    low, total = batch.prediction - batch.target, torch.zeros(())
+    low, total = batch.prediction - batch.target, torch.zeros((), device=batch.prediction.device)
     for _ in range(2):
         rows = low[..., ::2, :] + low[..., 1::2, :], low[..., ::2, :] - low[..., 1::2, :]
         quarters = [(each[..., ::2] + sign * each[..., 1::2]) / 2 for each in rows for sign in (1, -1)]

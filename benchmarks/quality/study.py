@@ -31,11 +31,11 @@ from freq_loss_plugin.embedded.pictures import STYLES
 SHOWN = ("plain MSE", "control: weighted MSE, 10%", "wavelet, 10%", "wavelet, 20%", "focal, as published")
 
 
-def work(each: trial.Trial, folder: Path) -> dict[str, Any]:
+def work(each: trial.Trial, folder: Path, device: str) -> dict[str, Any]:
     """One trial, in a process of its own with one thread: trials side by side use a machine better than threads do."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
-    return trial.run(each, folder)
+    return trial.run(each, folder, device)
 
 
 def main() -> None:
@@ -47,11 +47,12 @@ def main() -> None:
     parser.add_argument("--styles", nargs="+", choices=STYLES[1:], default=STYLES[1:])
     parser.add_argument("--output", type=Path, default=Path("output/quality"))
     parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--device", default="cpu", help="cuda for more seeds and steps; then choose --processes")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     options.output.mkdir(parents=True, exist_ok=True)
     for style in options.styles:
-        trial.reference_of(style, options.output)
+        trial.reference_of(style, options.output, options.device)
     arms = [name for name in all_arms() if not options.arms or name in options.arms or name == report.PLAIN]
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     # Seed by seed, so that an interrupted study has whole pairs.
@@ -60,7 +61,7 @@ def main() -> None:
     ]
     results = []
     with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
-        waiting = [pool.submit(work, each, options.output) for each in trials]
+        waiting = [pool.submit(work, each, options.output, options.device) for each in trials]
         for done in tqdm(as_completed(waiting), total=len(waiting), file=sys.stdout):
             results.append(done.result())
     order = list(all_arms())

@@ -77,7 +77,7 @@ class Reference:
     features: Tensor
 
 
-def run(trial: Trial, folder: Path) -> dict[str, Any]:
+def run(trial: Trial, folder: Path, device: str = "cpu") -> dict[str, Any]:
     """Train, sample, measure; the result is also written to ``folder``, and read from there where it is already."""
     file = folder / f"{trial.name}.json"
     if file.is_file():
@@ -85,9 +85,9 @@ def run(trial: Trial, folder: Path) -> dict[str, Any]:
         if found["steps"] == trial.steps:
             return found
     start = time.perf_counter()
-    arm, reference = all_arms()[trial.arm], reference_of(trial.style, folder)
+    arm, reference = all_arms()[trial.arm], reference_of(trial.style, folder, device)
     scenes, pictures = draw_scenes((_TRAINING, STYLES.index(trial.style), trial.seed), TRAINING, trial.style)
-    model = new_model(trial.seed, folder)
+    model = new_model(trial.seed, folder, device)
     latents = encode(model, pictures)
     captions = [scene.caption(trial.style) for scene in scenes]
     shares = train(model, arm, latents, captions, trial)
@@ -97,7 +97,7 @@ def run(trial: Trial, folder: Path) -> dict[str, Any]:
     measured = held_out(model, reference, prompts)
     samples = sample(model, Sampling(prompts, steps=SAMPLER_STEPS, guidance=GUIDANCE), (128, 128))
     measured |= metrics.spectral_distances(samples, reference.decoded)
-    measured |= metrics.sliced_wasserstein(encode(model, samples), reference.latents)
+    measured |= metrics.sliced_wasserstein(encode(model, samples).cpu(), reference.latents)
     measured["kernel distance"] = metrics.kernel_distance(features_of(samples), reference.features)
     measured |= metrics.attributes(samples, reference.scenes, trial.style)
     measured["memorisation"] = metrics.memorisation(samples, pictures, reference.pictures)
@@ -123,14 +123,15 @@ def train(model: Model, arm: Arm, latents: Tensor, captions: list[str], trial: T
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=0, num_training_steps=length)
     examples = [Example(Path(str(number)), caption, 1, (128, 128)) for number, caption in enumerate(captions)]
     batches = Batches(examples, BATCH, trial.seed)
-    alphas = model.scheduler.alphas_cumprod
+    alphas = model.scheduler.alphas_cumprod.to(latents.device)
     keeper = GradientShare(arm.share or 1.0)
     window = FreqLossConfig()
     shares: list[float] = []
 
     def passed(chosen: list[int], timesteps: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        noise = torch.randn(latents[chosen].shape, generator=generator)
-        return model.predict(latents[chosen], timesteps, noise, [captions[index] for index in chosen])
+        noise = torch.randn(latents[chosen].shape, generator=generator).to(latents.device)
+        at = timesteps.to(latents.device)
+        return model.predict(latents[chosen], at, noise, [captions[index] for index in chosen])
 
     def scaled(term_gradient: Tensor) -> Tensor:
         keeper.observe(term=term_gradient)
@@ -150,7 +151,7 @@ def train(model: Model, arm: Arm, latents: Tensor, captions: list[str], trial: T
         (base_gradient,) = torch.autograd.grad(base, prediction, retain_graph=True)
         base_norm = base_gradient.norm()
         keeper.observe(base=base_gradient)
-        at: Tensor | float | None = {"own": timesteps, "shared": shared, "unified": None}[arm.passes]
+        at: Tensor | float | None = {"own": timesteps.to(latents.device), "shared": shared, "unified": None}[arm.passes]
         if arm.term is not None and at is not None:
             value, gradient = gradient_of(arm.term, Batch(prediction, noise, latents[chosen], at, alphas))
             if arm.replaces:
@@ -175,12 +176,13 @@ def train(model: Model, arm: Arm, latents: Tensor, captions: list[str], trial: T
 @torch.no_grad()
 def held_out(model: Model, reference: Reference, prompts: list[str]) -> dict[str, float]:
     """Plain MSE on held-out pictures at fixed timesteps, and the band losses of batches of four."""
-    clean, alphas = reference.prompts_latents, model.scheduler.alphas_cumprod
+    clean, alphas = reference.prompts_latents.to(model.device), model.scheduler.alphas_cumprod
     losses, bands = [], []
     for timestep in TIMESTEPS:
         generator = torch.Generator().manual_seed(timestep)
-        noise = torch.randn(clean.shape, generator=generator)
-        prediction, target = model.predict(clean, torch.full((len(clean),), timestep), noise, prompts)
+        noise = torch.randn(clean.shape, generator=generator).to(clean.device)
+        at = torch.full((len(clean),), timestep, device=clean.device)
+        prediction, target = model.predict(clean, at, noise, prompts)
         losses.append(float((prediction - target).square().mean()))
         if FreqLossConfig().min_timestep <= timestep < FreqLossConfig().max_timestep:
             bands += [
@@ -205,7 +207,7 @@ def band_losses(batch: Batch) -> tuple[float, float]:
     return float(loss.low), float(loss.high)
 
 
-def new_model(seed: int, folder: Path) -> Model:
+def new_model(seed: int, folder: Path, device: str = "cpu") -> Model:
     """The embedded model with a fresh LoRA on its UNet."""
     settings = Settings(
         pretrained_model_name_or_path=str(model_folder()),
@@ -217,7 +219,7 @@ def new_model(seed: int, folder: Path) -> Model:
         learning_rate=LEARNING_RATE,
         seed=seed,
     )
-    return load(settings, torch.device("cpu"))
+    return load(settings, torch.device(device))
 
 
 def draw_scenes(stream: tuple[int, ...], count: int, style: str) -> tuple[list[Scene], Tensor]:
@@ -230,26 +232,26 @@ def draw_scenes(stream: tuple[int, ...], count: int, style: str) -> tuple[list[S
 
 @torch.no_grad()
 def encode(model: Model, pictures: Tensor) -> Tensor:
-    """The scaled latents of pictures, 0..1: means of the posterior."""
+    """The scaled latents of pictures, 0..1: means of the posterior; on the model's device."""
     vae = model.pipeline.vae
-    means = [vae.encode(part * 2 - 1).latent_dist.mean for part in pictures.split(8)]
+    means = [vae.encode(part.to(model.device) * 2 - 1).latent_dist.mean for part in pictures.split(8)]
     return torch.cat(means) * vae.config.scaling_factor
 
 
-def reference_of(style: str, folder: Path) -> Reference:
+def reference_of(style: str, folder: Path, device: str = "cpu") -> Reference:
     """Made once for each style, and kept in ``folder``."""
     prompts, pictures_of_prompts = draw_scenes((_PROMPTS, STYLES.index(style)), PROMPTS, style)
     _, pictures = draw_scenes((_REAL, STYLES.index(style)), REAL, style)
     file = folder / f"reference-{style}.pt"
     if not file.is_file():
-        model = new_model(0, folder)
+        model = new_model(0, folder, device)
         vae = model.pipeline.vae
         latents = encode(model, pictures)
         with torch.no_grad():
             decoded = torch.cat([vae.decode(part / vae.config.scaling_factor).sample for part in latents.split(8)])
-        decoded = (decoded / 2 + 0.5).clamp(0, 1)
-        kept = {"latents": latents, "decoded": decoded, "features": features_of(decoded)}
-        torch.save({**kept, "prompts": encode(model, pictures_of_prompts)}, file)
+        decoded = (decoded.cpu() / 2 + 0.5).clamp(0, 1)
+        kept = {"latents": latents.cpu(), "decoded": decoded, "features": features_of(decoded)}
+        torch.save({**kept, "prompts": encode(model, pictures_of_prompts).cpu()}, file)
     kept = torch.load(file)
     return Reference(prompts, kept["prompts"], pictures, kept["decoded"], kept["latents"], kept["features"])
 
