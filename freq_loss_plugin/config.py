@@ -183,7 +183,14 @@ class FreqLossConfig:
     def useless_settings(self, batch_size: int | None = None) -> list[str]:
         """One sentence for each setting that is allowed and does little or nothing."""
         if not self.enabled:
-            return []
+            keys = {"freq_loss_share": self.share, "freq_loss_grad_cosine": self.grad_cosine}
+            wanted = [key for key, value in {**keys, "freq_loss_validation": self.validation}.items() if value]
+            if not wanted:
+                return []
+            return [
+                f"dist_match = 0 turns the loss off, and with it {', '.join(wanted)}; give dist_match a value above 0 "
+                "(with freq_loss_share it is only where the weight begins), or remove them"
+            ]
         found = []
         if self.low_weight == self.high_weight == 0:
             found.append("freq_loss_low_weight and freq_loss_high_weight are both 0: the term is always 0")

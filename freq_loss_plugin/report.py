@@ -46,10 +46,26 @@ def describe(config: FreqLossConfig, model: str, network_module: str, *, feature
 
 
 def warnings(
-    config: FreqLossConfig, batch_size: int | None, min_timestep: int | None, max_timestep: int | None
+    config: FreqLossConfig,
+    batch_size: int | None,
+    min_timestep: int | None,
+    max_timestep: int | None,
+    *,
+    validates: bool = True,
+    logs: bool = True,
 ) -> list[str]:
-    """One sentence for each setting that does little or nothing in a training with these settings of its own."""
-    return [*config.useless_settings(batch_size), *_window_warnings(config, min_timestep, max_timestep)]
+    """One sentence for each setting that does little or nothing in a training with these settings of its own.
+
+    ``validates`` and ``logs`` are whether there are validation pictures, and a tracker such as TensorBoard.
+    """
+    found = [*config.useless_settings(batch_size), *_window_warnings(config, min_timestep, max_timestep)]
+    if config.enabled and config.validation and not validates:
+        found.append("freq_loss_validation: there are no validation pictures; set validation_split, for instance 0.1")
+    if config.enabled and (config.validation or config.grad_cosine) and not logs:
+        found.append(
+            "freq_loss_validation and freq_loss_grad_cosine tell what they find in logs alone; set logging_dir"
+        )
+    return found
 
 
 class Remark(NamedTuple):

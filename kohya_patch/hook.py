@@ -285,8 +285,11 @@ class LossHook:
         if term.gradient is None:  # it had a pass of its own
             self._balance.observe_base(beside)
             return term
-        detached = DetachedTerm(term.loss, term.gradient)
-        loss, logs = self._balance.weigh(term.prediction, detached, beside, same_pass=True)
+        return self._weighed(self._balance, term, term.gradient, beside, same_pass=True)
+
+    @staticmethod
+    def _weighed(balance: Balance, term: _Term, gradient: Tensor, beside: Tensor, *, same_pass: bool) -> _Term:
+        loss, logs = balance.weigh(term.prediction, DetachedTerm(term.loss, gradient), beside, same_pass=same_pass)
         return term._replace(loss=loss, logs=logs, gradient=None)
 
     def _reported_timesteps(self, results: Any, device: torch.device) -> Tensor:
@@ -307,9 +310,7 @@ class LossHook:
         term = self._compute(batch, results, timestep)
         if term.gradient is not None and self._balance is not None:
             beside = term.prediction.detach().float() - term.target.detach().float()
-            detached = DetachedTerm(term.loss, term.gradient)
-            loss, logs = self._balance.weigh(term.prediction, detached, beside, same_pass=False)
-            term = term._replace(loss=loss, logs=logs, gradient=None)
+            term = self._weighed(self._balance, term, term.gradient, beside, same_pass=False)
         if not term.loss.total.requires_grad or not self._propagates_at_once(accelerator):
             return term
         # The graph of a trained text encoder is part of both passes; that of the extra pass ends with this method.

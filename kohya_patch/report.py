@@ -28,12 +28,8 @@ def announce(training: Training, config: FreqLossConfig, network_module: str, fe
     # Not through logging: sd-scripts' handler would fold the block into a narrow column.
     print("\n".join(["", *describe(config, model, network_module, features=features), ""]), flush=True)
     window = (getattr(args, "min_timestep", None), getattr(args, "max_timestep", None))
-    found = warnings(config, _smallest_batch(training), *window)
-    if config.enabled and config.validation and not training.validates:
-        found.append(
-            "freq_loss_validation: there are no validation pictures; set validation_split, for instance to 0.1"
-        )
-    for warning in found:
+    logs = any(getattr(args, name, None) for name in ("logging_dir", "log_with"))
+    for warning in warnings(config, _smallest_batch(training), *window, validates=training.validates, logs=logs):
         logger.warning("freq_loss: %s", warning)
 
 

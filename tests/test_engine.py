@@ -394,6 +394,10 @@ def test_a_validation_split_is_not_trained_on_and_told_in_bands(configure, tmp_p
         )
     assert len(accumulator.Images("loss/validation/freq_spectrum")) == 3
     assert len(accumulator.Scalars("loss/validation/step_average")) == 3
+    training.train(configure(max_train_steps=1), dataclasses.replace(ON, validation=True))
+    told = capsys.readouterr().out
+    assert "set validation_split" in told
+    assert "set logging_dir" in told
     with pytest.raises(ConfigError, match="leaves none to train on"):
         dataset.split(data, 0.99, 0)
 

@@ -800,11 +800,20 @@ def test_validation_without_validation_pictures_is_a_warning(capsys, caplog):
     config = FreqLossConfig(validation=True)
     _, warnings = announced(config, capsys, caplog, train_batch_size=4)
     assert "set validation_split" in warnings
+    assert "set logging_dir" in warnings
     caplog.clear()
     with caplog.at_level(logging.WARNING, logger="kohya_patch"):
-        args = argparse.Namespace(train_batch_size=4)
+        args = argparse.Namespace(train_batch_size=4, logging_dir="logs")
         report.announce(Training(NetworkTrainer(), args, validates=True), config, "networks.lora")
     assert caplog.text == ""
+
+
+def test_what_is_off_with_the_loss_is_named(capsys, caplog):
+    config = FreqLossConfig(dist_match=0.0, share=0.1, validation=True)
+    block, warnings = announced(config, capsys, caplog, train_batch_size=4)
+    assert "off (dist_match = 0)" in block
+    assert "turns the loss off, and with it freq_loss_share, freq_loss_validation" in warnings
+    assert "grad_cosine" not in warnings
 
 
 def test_a_trainer_that_logs_in_another_way_cannot_validate_in_bands():

@@ -92,7 +92,8 @@ def train_and_show(
     the loss) and ``curves.png`` (band losses, radial spectra) to ``output_dir``. Arguments and errors as for
     `freq_loss_plugin.engine.training.train`.
     """
-    plain = replace(settings, output_name=f"{settings.output_name}-plain_mse"), replace(loss, dist_match=0.0)
+    off = replace(loss, dist_match=0.0, share=0.0, grad_cosine=False, validation=False)
+    plain = replace(settings, output_name=f"{settings.output_name}-plain_mse"), off
     arms = {PLAIN: plain, OURS: (settings, loss)}
     if resume and not any(arm.state_file.is_file() for arm, _ in arms.values()):
         raise ConfigError(

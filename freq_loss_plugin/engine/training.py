@@ -127,7 +127,7 @@ def train(
     model = load(settings, accelerator.device)
     if data.features is not None:
         guidance.check_width(data.features, model.text_width, _extraction_command(settings))
-    _announce(settings, loss, data, accelerator)
+    _announce(settings, loss, data, accelerator, validates=bool(held_out))
     return Trainer(settings, loss, data, model, accelerator, held_out, title).run(state, logs)
 
 
@@ -320,7 +320,8 @@ class Trainer:
     def _evaluate(self, logs: Any) -> None:
         if not self._held_out:
             return
-        bands = ValidationBands(self._loss)
+        reported = logs is not None and self._loss.enabled and self._loss.validation
+        bands = ValidationBands(self._loss) if reported else None
         found = []
         for timestep in _EVALUATION_TIMESTEPS:
             generator = _generator(f"evaluation:{timestep}")
@@ -332,14 +333,15 @@ class Trainer:
                 term = self._term(prediction, target, timestep)
                 base = self._base_loss(prediction, target, timesteps)
                 found.append((term.low.item(), term.high.item(), base.item()))
-                scale = residual_scale(self._settings.prediction_type, timestep, self._alphas_on_host)
-                bands.add(clean, prediction - target, scale, timestep)
+                if bands is not None:
+                    scale = residual_scale(self._settings.prediction_type, timestep, self._alphas_on_host)
+                    bands.add(clean, prediction - target, scale, timestep)
         low, high, loss = (sum(values) / len(values) for values in zip(*found, strict=True))
         self._evaluations.append(Evaluation(self._step, low, high))
         if logs is None:
             return
         logs.add_scalar("loss/validation/step_average", loss, self._step)
-        result = bands.finish() if self._loss.enabled and self._loss.validation else None
+        result = bands.finish() if bands is not None else None
         if result is None:
             return
         for name, value in result.numbers.items():
@@ -436,14 +438,18 @@ def _accelerator(settings: Settings) -> Accelerator:
     return accelerator
 
 
-def _announce(settings: Settings, loss: FreqLossConfig, data: DataSet, accelerator: Accelerator) -> None:
+def _announce(
+    settings: Settings, loss: FreqLossConfig, data: DataSet, accelerator: Accelerator, *, validates: bool
+) -> None:
     family = "SD2.x" if settings.v2 else "SD1.x"
     model = f"{family} (prediction type {settings.prediction_type})"
     print("\n".join(report.describe(loss, model, lora_file.NETWORK_MODULE, features=data.features)))
     shown = sum(example.repeats for example in data.examples)
     print(f"  {len(data.examples)} pictures, {shown} per epoch, on {accelerator.device}")
     window = settings.min_timestep, settings.max_timestep
-    for warning in [*data.warnings, *report.warnings(loss, settings.train_batch_size, *window)]:
+    logs = settings.logging_dir is not None
+    found = report.warnings(loss, settings.train_batch_size, *window, validates=validates, logs=logs)
+    for warning in [*data.warnings, *found]:
         print(f"warning: {warning}")
 
 
