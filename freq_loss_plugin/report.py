@@ -39,7 +39,9 @@ def describe(config: FreqLossConfig, model: str, network_module: str, *, feature
     lines += [f"  {key} = {value}{_remark(key, config)}" for key, value in shown.items() if _matters(key, config)]
     memory = f"; {config.memory} latents per bucket are kept" if config.memory else ""
     balance = (
-        "; comparing gradients at the model's output costs a few more" if config.share or config.grad_cosine else ""
+        "; comparing gradients at the model's output costs about ten plain MSEs more"
+        if config.share or config.grad_cosine
+        else ""
     )
     lines.append(f"  cost: {_cost(config)}{memory}{balance}")
     return [*lines, *token]
