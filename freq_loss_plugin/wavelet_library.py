@@ -1,21 +1,21 @@
 """The one place where the optional package ``pytorch_wavelets`` is imported.
 
-pytorch_wavelets 1.3.0 runs ``from pkg_resources import resource_stream`` while it is imported, and setuptools 81 and
-newer no longer ship ``pkg_resources``. The name is only used to read the dual-tree coefficients, which this project
-never asks for, but without it the whole package fails to import. `load` therefore lends it a working
-``resource_stream`` for the length of that one import and takes it back: the user's setuptools stays as it is, and other
-packages still see whether ``pkg_resources`` exists.
+pytorch_wavelets 1.3.0 runs ``from pkg_resources import resource_stream`` while it is imported. The name is only used to
+read the dual-tree coefficients, which this project never asks for, but without it the whole package fails to import,
+and it often is missing: setuptools 81 and newer no longer ship ``pkg_resources``, older ones raise AttributeError on
+Python 3.12 and newer, and other ComfyUI packs leave an empty module of that name behind. `load` therefore puts a working
+``resource_stream`` in its place for the length of that one import, and puts back whatever was there.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.resources
-import importlib.util
 import sys
 import threading
 import types
-import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import IO, Any
 
@@ -33,17 +33,8 @@ def load() -> types.ModuleType:
     """
     if "pytorch_wavelets" in sys.modules:
         return importlib.import_module("pytorch_wavelets")  # waits where another thread is still importing it
-    with _import_lock:
-        if _has_pkg_resources():
-            with warnings.catch_warnings():
-                # setuptools 67 to 80 announce the end of pkg_resources at every import of it.
-                warnings.filterwarnings("ignore", message=".*pkg_resources.*")
-                return importlib.import_module("pytorch_wavelets")
-        sys.modules["pkg_resources"] = _pkg_resources_stand_in()
-        try:
-            return importlib.import_module("pytorch_wavelets")
-        finally:
-            del sys.modules["pkg_resources"]
+    with _import_lock, _pkg_resources_stand_in():
+        return importlib.import_module("pytorch_wavelets")
 
 
 @cache
@@ -55,16 +46,20 @@ def discrete_wavelets() -> tuple[str, ...]:
     return tuple(pywt.wavelist(kind="discrete"))
 
 
-def _has_pkg_resources() -> bool:
-    if "pkg_resources" in sys.modules:
-        return True
-    return importlib.util.find_spec("pkg_resources") is not None
-
-
-def _pkg_resources_stand_in() -> types.ModuleType:
+@contextmanager
+def _pkg_resources_stand_in() -> Iterator[None]:
     def resource_stream(package: str, name: str) -> IO[bytes]:
         return importlib.resources.files(package).joinpath(name).open("rb")
 
-    module: Any = types.ModuleType("pkg_resources")
-    module.resource_stream = resource_stream
-    return module
+    stand_in: Any = types.ModuleType("pkg_resources")
+    stand_in.resource_stream = resource_stream
+    missing = object()
+    before: Any = sys.modules.get("pkg_resources", missing)
+    sys.modules["pkg_resources"] = stand_in
+    try:
+        yield
+    finally:
+        if before is missing:
+            del sys.modules["pkg_resources"]
+        else:
+            sys.modules["pkg_resources"] = before
