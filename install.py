@@ -10,13 +10,15 @@ Safe to run again, and after every update of the plug-in. Nothing is written bel
 from __future__ import annotations
 
 import argparse
-import ast
 import importlib.metadata
 import importlib.util
+import json
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent
 DISTRIBUTION = "freq-loss-plugin"
@@ -26,6 +28,13 @@ COMFYUI_NEEDS = {
     "pywt": "wavelet bands will be FFT bands",
     "matplotlib": "nodes that draw plots will stop with a message",
 }
+BASE = "train_network.py"
+EARLY = "Options that cannot work raise an error before any model is loaded."
+LATE = (
+    "Options that cannot work raise an error only after models were loaded: either this Python does not read the "
+    "plug-in's .pth file when it starts (run install.py without --check), or the trainers of this sd-scripts do not "
+    "begin with a call that the plug-in knows."
+)
 TOML_LINES = """\
     network_module = "kohya_patch"      # was "networks.lora"
 
@@ -62,59 +71,88 @@ def install_for_comfyui() -> int:
     return 0
 
 
+class HostReport(NamedTuple):
+    """What the plug-in's own check found in a checkout, see `kohya_patch.host_check.Report`.
+
+    Attributes:
+        problems: for each training script what is wrong with it, or None.
+        checks_early: whether a wrong option is found before a model is loaded.
+    """
+
+    problems: dict[str, str | None]
+    checks_early: bool
+
+
 def install_for_sd_scripts(path: Path, *, check_only: bool) -> int:
-    """Install the plug-in into this Python and report on the checkout at ``path``."""
+    """Install the plug-in into this Python and report on the checkout.
+
+    Args:
+        path: the folder of sd-scripts.
+        check_only: report without installing anything.
+
+    Returns:
+        The exit status.
+    """
     problems = _check_python() or check_checkout(path)
     if not problems and not check_only:
         print(f"installing the plug-in for {sys.executable}")
         if _pip("install", "--quiet", str(ROOT)):
             problems = ["pip failed; its message is above"]
     problems = problems or _check_installation(path)
-    print(f"Python       {sys.version.split()[0]} at {sys.executable}")
-    print(f"sd-scripts   {path}{_commit(path)}")
-    print(f"plug-in      {_installed_version() or 'not installed'}")
+    report = HostReport({}, False) if problems else ask_the_host(path)
+    _describe(path, report)
     if problems:
         print("\nNot ready:")
         print("\n".join(f"  - {problem}" for problem in problems))
         return 1
     print(f"\nReady. In the TOML that you train with (--config_file):\n\n{TOML_LINES}")
-    print("Train as always. A training that is set up wrongly stops with a message before any model is loaded.")
+    print(f"Train as always. {EARLY if report.checks_early else LATE}")
     return 0
 
 
 def check_checkout(path: Path) -> list[str]:
-    """What is wrong with the checkout, in sentences; reads files and runs nothing of it."""
-    script = path / "train_network.py"
-    if not script.is_file():
-        return [f"{path} has no train_network.py: expected the folder of kohya-ss' sd-scripts, in which you train"]
+    """What makes training with a checkout impossible, in sentences.
+
+    Args:
+        path: the folder of sd-scripts; nothing is written there.
+    """
+    if not (path / BASE).is_file():
+        return [f"{path} has no {BASE}: expected the folder of kohya-ss' sd-scripts, in which you train"]
+    problem = ask_the_host(path, plugin=ROOT).problems[BASE]
+    return [f"{BASE}: {problem}"] if problem else []
+
+
+def ask_the_host(path: Path, plugin: Path | None = None) -> HostReport:
+    """Check the plug-in against the checkout's own code, in a process of its own; no model is loaded.
+
+    Args:
+        path: the folder of sd-scripts; nothing is written there.
+        plugin: a folder to import the plug-in from; None for the installed one.
+    """
+    environment = dict(os.environ)
+    if plugin is not None:
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(plugin), environment.get("PYTHONPATH"))))
+    command = [sys.executable, "-B", "-W", "ignore", "-m", "kohya_patch.host_check", BASE]
+    done = subprocess.run(command, cwd=path, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        return HostReport({BASE: f"the check of {path} failed: {_last_line(done.stderr)}"}, False)
+    return HostReport(**json.loads(_last_line(done.stdout)))
+
+
+def _describe(path: Path, report: HostReport) -> None:
+    """Print which versions there are, and which training scripts can be used."""
     sys.path.insert(0, str(ROOT))
-    from kohya_patch.trainers import NEEDED, WORKING_VERSIONS
+    from kohya_patch.host import version
 
-    methods = _methods(script, "NetworkTrainer")
-    missing = [name for name in NEEDED if name not in methods]
-    missing += [
-        f"{parameter} of {name}"
-        for name, parameters in NEEDED.items()
-        for parameter in parameters
-        if name in methods and parameter not in methods[name]
-    ]
-    if not missing:
-        return []
-    return [
-        f"{script}: looked for {', '.join(NEEDED)} in NetworkTrainer, and found no {', '.join(missing)}. "
-        f"Works with {WORKING_VERSIONS}. Update it: git -C {path} pull"
-    ]
+    print(f"Python       {sys.version.split()[0]} at {sys.executable}")
+    print(f"sd-scripts   {version(path)} in {path}")
+    print(f"plug-in      {_installed_version() or 'not installed'}")
+    for script, problem in report.problems.items():
+        print(f"{'not usable   ' if problem else 'usable       '}{script}{f': {problem}' if problem else ''}")
 
 
-def _methods(script: Path, class_name: str) -> dict[str, list[str]]:
-    """Names and parameters of the methods of a class, read from its source."""
-    tree = ast.parse(script.read_text(encoding="utf-8"))
-    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name]
-    functions = [node for found in classes for node in found.body if isinstance(node, ast.FunctionDef)]
-    return {
-        function.name: [argument.arg for argument in function.args.args + function.args.kwonlyargs]
-        for function in functions
-    }
+def _last_line(output: str) -> str:
+    return (output.strip().splitlines() or ["no output"])[-1]
 
 
 def _check_python() -> list[str]:
@@ -140,7 +178,7 @@ def _check_installation(path: Path) -> list[str]:
     where = path if path.is_dir() else None
     done = subprocess.run([sys.executable, "-B", "-c", code], cwd=where, capture_output=True, text=True)
     if done.returncode:
-        return [f"the installed plug-in does not import: {done.stderr.strip().splitlines()[-1]}"]
+        return [f"the installed plug-in does not import: {_last_line(done.stderr)}"]
     if done.stdout.split() != ["wavelet"]:
         return ["the wavelet library is missing, FFT bands would be used: pip install pytorch_wavelets PyWavelets"]
     return []
@@ -151,13 +189,6 @@ def _installed_version() -> str | None:
         return importlib.metadata.version(DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _commit(path: Path) -> str:
-    done = subprocess.run(
-        ["git", "-C", str(path), "log", "-1", "--format= at commit %h of %cs"], capture_output=True, text=True
-    )
-    return done.stdout.rstrip("\n") if done.returncode == 0 else ""
 
 
 def _pip(*arguments: str) -> int:

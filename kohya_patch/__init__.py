@@ -20,7 +20,7 @@ def create_network(*arguments: Any, **network_args: Any) -> Any:
 
     Raises:
         freq_loss_plugin.ConfigError: an option cannot be used as given.
-        kohya_patch.trainers.UnsupportedTrainerError: this sd-scripts lacks what the hook needs.
+        kohya_patch.host.UnsupportedTrainerError: this sd-scripts lacks what the hook needs.
     """
     from . import network
 

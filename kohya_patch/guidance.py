@@ -1,6 +1,6 @@
-"""The guidance token in sd-scripts: which picture is where in a batch, and its features in the last text token.
+"""The guidance token in sd-scripts: which image is where in a batch, and its features in the last text token.
 
-sd-scripts' batches do not say which pictures they hold. Its data set objects do, while they make one, so they are given
+sd-scripts' batches do not say which images they hold. Its data set objects do, while they make one, so they are given
 a subclass of their own class that adds the paths. The batch is otherwise untouched, random numbers included.
 """
 
@@ -20,16 +20,26 @@ from freq_loss_plugin import guidance as features_of
 from freq_loss_plugin.guidance import Features, replace_last_token
 from freq_loss_plugin.picture_folders import SOURCES, pictures
 
+from . import host
 from .trainers import Family, Training
 
-# The entry of a batch that names its pictures.
-PICTURES = "freq_loss_pictures"
+# The entry of a batch that names its images.
+IMAGES = "freq_loss_images"
 
 
 def check(config: FreqLossConfig, args: argparse.Namespace, family: Family) -> None:
-    """Raise ConfigError where the token cannot be used with this trainer, or pictures have no features yet.
+    """Check that the token can be used with this trainer, and that the images have features.
 
     Looks at names alone, so that it can run before anything is loaded.
+
+    Args:
+        config: the options.
+        args: sd-scripts' arguments.
+        family: of the trainer.
+
+    Raises:
+        ConfigError: the token is not defined for this trainer.
+        FeatureError: images have no features yet.
     """
     if not family.guidance:
         raise ConfigError(
@@ -38,7 +48,7 @@ def check(config: FreqLossConfig, args: argparse.Namespace, family: Family) -> N
             "several or other text encoders should be given; set guidance_token = 0"
         )
     if getattr(args, "dataset_class", None):
-        return  # its pictures are known to its own code alone; `TokenGuidance` asks the data set
+        return  # its images are known to its own code alone; `TokenGuidance` asks the data set
     found = pictures(**{source: getattr(args, source, None) for source in SOURCES})
     without = features_of.missing(found)
     if without:
@@ -46,7 +56,7 @@ def check(config: FreqLossConfig, args: argparse.Namespace, family: Family) -> N
 
 
 def command(args: argparse.Namespace) -> str:
-    """What makes the features of this training's pictures."""
+    """What makes the features of this training's images."""
     return features_of.extraction_command({source: getattr(args, source, None) for source in SOURCES})
 
 
@@ -54,16 +64,18 @@ class TokenGuidance:
     """The features of one training, and how they reach its text tokens.
 
     Args:
-        training: the running training; its data sets are told to name their pictures.
+        training: the running training; its data sets are told to name their images.
         text_width: width of the text encoder's hidden states; None where it is not known.
 
     Raises:
         FeatureError: features are missing, old, or of another width than the text encoder.
+        ConfigError: a data set of the user's own class does not say which images its batches hold.
     """
 
     def __init__(self, training: Training, text_width: int | None) -> None:
         shown: dict[Path, float] = {}
         for dataset in training.datasets:
+            _check_dataset(dataset)
             for info in dataset.image_data.values():
                 times = 0 if info.is_reg else info.num_repeats
                 shown[Path(info.absolute_path)] = shown.get(Path(info.absolute_path), 0) + times
@@ -72,19 +84,19 @@ class TokenGuidance:
         if text_width is not None:
             features_of.check_width(self.features, text_width, command(training.args))
         for dataset in training.datasets:
-            dataset.__class__ = naming_pictures(type(dataset))
+            dataset.__class__ = naming_images(type(dataset))
 
     def put_in(self, batch: Any, conds: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """The text conditions of a batch with each picture's features in their last token; new tensors."""
+        """The text conditions of a batch with each image's features in their last token; new tensors."""
         states = conds[0]
         if states is None:
             return list(conds)
-        features = torch.stack([self._by_name[name] for name in batch[PICTURES]])
+        features = torch.stack([self._by_name[name] for name in batch[IMAGES]])
         return [replace_last_token(states, features.to(states.device, non_blocking=True)), *conds[1:]]
 
     @contextlib.contextmanager
     def while_sampling(self, unet: torch.nn.Module) -> Iterator[None]:
-        """Give samples the mean of the training pictures, in the half of the batch that has the prompt."""
+        """Give samples the mean of the training images, in the half of the batch that has the prompt."""
 
         def replace(_: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
             states = named["encoder_hidden_states"] if "encoder_hidden_states" in named else arguments[2]
@@ -102,11 +114,20 @@ class TokenGuidance:
             handle.remove()
 
 
+def _check_dataset(dataset: Any) -> None:
+    missing = [name for name in host.DATASET_ATTRIBUTES if getattr(dataset, name, None) is None]
+    if missing:
+        raise ConfigError(
+            f"guidance_token: the data set class {type(dataset).__name__} has no {', '.join(missing)}, which say which "
+            "images a batch holds; use a data set of sd-scripts (remove dataset_class), or set guidance_token = 0"
+        )
+
+
 _naming_classes: dict[type, type] = {}
 
 
-def naming_pictures(cls: Any) -> type:
-    """The data set class ``cls`` with batches that say which pictures they hold; one for each, made once.
+def naming_images(cls: Any) -> type:
+    """The data set class ``cls`` with batches that say which images they hold; one for each, made once.
 
     A subclass with one base: an object can change to it, since it is laid out alike.
     """
@@ -115,12 +136,10 @@ def naming_pictures(cls: Any) -> type:
 
     def get_item(dataset: Any, index: int) -> Any:
         example = cls.__getitem__(dataset, index)
-        if dataset.caching_mode is not None:
-            return example
         place = dataset.buckets_indices[index]
         first = place.batch_index * place.bucket_batch_size
         keys = dataset.bucket_manager.buckets[place.bucket_index][first : first + place.bucket_batch_size]
-        example[PICTURES] = [str(Path(dataset.image_data[key].absolute_path)) for key in keys]
+        example[IMAGES] = [str(Path(dataset.image_data[key].absolute_path)) for key in keys]
         return example
 
     def reduce(dataset: Any) -> Any:
@@ -134,6 +153,6 @@ def naming_pictures(cls: Any) -> type:
 
 
 def _rebuild(cls: type, state: dict[str, Any]) -> Any:
-    made: Any = object.__new__(naming_pictures(cls))
+    made: Any = object.__new__(naming_images(cls))
     made.__dict__.update(state)
     return made

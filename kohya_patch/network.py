@@ -6,6 +6,7 @@ import argparse
 import importlib
 import importlib.util
 import os
+import sys
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
@@ -15,30 +16,17 @@ import toml
 from freq_loss_plugin import ConfigError, FreqLossConfig
 from freq_loss_plugin.config import SECTION, check_section, parse_strings
 
-from . import guidance, report
+from . import guidance, host, report
 from .hook import LossHook
-from .trainers import (
-    NEEDED_FOR_GUIDANCE,
-    NEEDED_FOR_VALIDATION,
-    Family,
-    Training,
-    UnsupportedTrainerError,
-    check_trainer,
-    find_training,
-)
+from .host import UnsupportedTrainerError
+from .trainers import FAMILIES, Family, Training, find_training
 
 OWN_NAME = "kohya_patch"
 
 
 def create_network(*arguments: Any, **network_args: Any) -> Any:
     """See `kohya_patch.create_network`."""
-    training = find_training()
-    if training is None:
-        raise UnsupportedTrainerError(
-            "kohya_patch.create_network was called, but no training of sd-scripts is running: looked for a call of "
-            "NetworkTrainer.train and found none. Name kohya_patch as network_module of one of sd-scripts' "
-            "*train_network.py scripts"
-        )
+    training = _running_training()
     config = check(training)
     module = _wrapped_module(config, training.family)
     network = module.create_network(*arguments, **_for_the_wrapped_module(network_args))
@@ -47,23 +35,40 @@ def create_network(*arguments: Any, **network_args: Any) -> Any:
 
 def create_network_from_weights(*arguments: Any, **network_args: Any) -> Any:
     """See `kohya_patch.create_network_from_weights`."""
-    training = find_training()
+    # With for_inference the weights are merged into the model (base_weights) or used for images; nothing is trained.
+    trains = not network_args.get("for_inference", False)
+    training = _running_training() if trains else find_training()
     config = FreqLossConfig() if training is None else check(training)
     family = None if training is None else training.family
     module = _wrapped_module(config, family)
     network, weights = module.create_network_from_weights(*arguments, **_for_the_wrapped_module(network_args))
-    # With for_inference the weights are merged into the model (base_weights) or used for pictures; nothing is trained.
-    if training is not None and not network_args.get("for_inference", False):
+    if training is not None and trains:
         # weights_sd or a file comes after the multiplier here; the text encoder is one place earlier.
         network = _attach(network, training, config, module, (None, *arguments))
     return network, weights
 
 
 def check_before_models_load() -> None:
-    """Run `check` for the training that is just starting (see `kohya_patch.startup`)."""
+    """Run `check` for the training that is just starting (see `kohya_patch.startup`).
+
+    Raises:
+        ConfigError: as `check`.
+        UnsupportedTrainerError: as `check`, and where the script that is starting does not train on images.
+    """
+    check(_running_training())
+
+
+def _running_training() -> Training:
     training = find_training()
-    if training is not None:
-        check(training)
+    if training is None:
+        script = os.path.basename(sys.argv[0])
+        raise UnsupportedTrainerError(
+            f"network_module = {OWN_NAME!r} in {script}: the frequency loss needs batches of images that "
+            "NetworkTrainer.train of a *train_network.py script of sd-scripts trains on, and no training of sd-scripts "
+            "is running that way (train_leco.py and sdxl_train_leco.py train on prompts alone). "
+            'Use train_network.py, sdxl_train_network.py, ..., or set network_module = "networks.lora"'
+        )
+    return training
 
 
 def check(training: Training) -> FreqLossConfig:
@@ -71,26 +76,36 @@ def check(training: Training) -> FreqLossConfig:
 
     Raises:
         ConfigError: an option, or its combination with the trainer's own options, cannot work.
-        UnsupportedTrainerError: the trainer lacks what the hook needs.
+        UnsupportedTrainerError: this sd-scripts lacks what the options need.
     """
     args, family = training.args, training.family
     config = read_config(args)
-    _check_wrapped_name(_wrapped_name(config, family))
-    check_trainer(training.trainer)
+    _check_wrapped_name(_wrapped_name(config, family), family)
+    trainer = type(training.trainer)
+    host.check_methods(trainer)
     if config.enabled:
         _check_against_trainer(config, args, family)
+        _check_host(config, args, trainer, family)
     if config.guided:
         guidance.check(config, args, family)
-        check_trainer(training.trainer, NEEDED_FOR_GUIDANCE)
-    if config.enabled and config.validation:
-        check_trainer(training.trainer, NEEDED_FOR_VALIDATION)
+        host.check_methods(trainer, host.GUIDANCE_METHODS)
+        host.check_datasets(trainer)
     return config
+
+
+def _check_host(config: FreqLossConfig, args: argparse.Namespace, trainer: type, family: Family) -> None:
+    if config.timesteps != "own":
+        host.drawing_function(trainer, family.prediction)
+    if getattr(args, "masked_loss", False) or getattr(args, "alpha_mask", False):
+        host.masked_loss(trainer)
+    if config.validation:
+        host.check_methods(trainer, host.VALIDATION_METHODS)
 
 
 def read_config(args: argparse.Namespace) -> FreqLossConfig:
     """The options out of sd-scripts' arguments: the TOML's keys, over which ``network_args`` win.
 
-    sd-scripts flattens its TOML into ``args``, by which a key of ``[freq_loss]`` that is spelt like nothing known is
+    sd-scripts flattens its TOML into ``args``, by which a key of ``[freq_loss]`` that is spelled like nothing known is
     lost among its own; the section is therefore looked at once more in the file.
     """
     check_section(_toml_section(args))
@@ -133,7 +148,7 @@ def _wrapped_module(config: FreqLossConfig, family: Family | None) -> ModuleType
     return importlib.import_module(_wrapped_name(config, family))
 
 
-def _check_wrapped_name(name: str) -> None:
+def _check_wrapped_name(name: str, family: Family) -> None:
     key = f"freq_loss_network_module = {name!r}"
     if name.split(".")[0] == OWN_NAME:
         raise ConfigError(
@@ -147,6 +162,13 @@ def _check_wrapped_name(name: str) -> None:
         raise ConfigError(
             f"{key}: no such Python module; expected a network module that sd-scripts can import, for instance "
             "networks.lora, networks.lora_flux, or lycoris.kohya (pip install lycoris_lora)"
+        )
+    supported = [FAMILIES[trainer] for trainer in host.NETWORK_MODULES.get(name, ())]
+    if supported and family not in supported:
+        raise ConfigError(
+            f"{key}: this trainer is {family.name}, and sd-scripts' module is for "
+            f"{' and '.join(each.name for each in supported)} only; for LoHa and LoKr set freq_loss_network_module = "
+            f"'lycoris.kohya' (pip install lycoris_lora), for LoRA '{family.network_module}'"
         )
 
 

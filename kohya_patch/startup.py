@@ -1,11 +1,13 @@
 """Checks the options before sd-scripts loads a model, where the package was installed with pip.
 
 sd-scripts imports its network module only after it has loaded the models and cached the latents, which can take an
-hour; a misspelt option should not wait for that. pip puts ``freq_loss_plugin_startup.pth`` beside the package (and
+hour; a misspelled option should not wait for that. pip puts ``freq_loss_plugin_startup.pth`` beside the package (and
 removes it with the package); Python reads that one line whenever it starts, and it calls `watch` only in a process
-whose command line names one of sd-scripts' ``*train_network.py`` scripts. `watch` waits for the module
-``library.train_util`` to be imported and wraps its ``verify_training_args``, the first thing that every trainer calls,
-so that `kohya_patch.network.check` runs first, and only where the user chose ``network_module = "kohya_patch"``.
+whose command line names one of sd-scripts' ``*train_network.py`` or ``*train_leco.py`` scripts. `watch` waits for the
+module of sd-scripts that defines ``verify_training_args``, the first thing that every trainer calls, and wraps it, so
+that `kohya_patch.network.check_before_models_load` runs first, and only where the user chose
+``network_module = "kohya_patch"``. That module is ``library.train_util``, since v0.11.0 ``library.args``; whichever
+module imports the function afterward gets the wrapped one.
 
 Without this (``pip install -e``, or the folder on PYTHONPATH) the same check runs when the network is created.
 """
@@ -13,12 +15,10 @@ Without this (``pip install -e``, or the folder on PYTHONPATH) the same check ru
 from __future__ import annotations
 
 import functools
-import importlib.util
 import sys
 from typing import Any
 
-_AWAITED_MODULE = "library.train_util"
-_FIRST_CALL = "verify_training_args"
+from .host import FIRST_CALL, LIBRARY
 
 
 def watch() -> None:
@@ -28,27 +28,24 @@ def watch() -> None:
 
 
 class _Watcher:
-    """A finder that finds one module the usual way and has it changed after it was executed."""
+    """A finder that finds sd-scripts' modules the usual way and has one of them changed after it was executed."""
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
-        if fullname != _AWAITED_MODULE:
+        if not fullname.startswith(f"{LIBRARY}."):
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        others = [finder for finder in sys.meta_path if finder is not self]
+        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
         if spec is not None and spec.loader is not None:
             loader: Any = spec.loader
-            loader.exec_module = _then_check_early(loader.exec_module)
+            loader.exec_module = functools.partial(self._execute, loader.exec_module)
         return spec
 
-
-def _then_check_early(execute: Any) -> Any:
-    def exec_module(module: Any) -> None:
+    def _execute(self, execute: Any, module: Any) -> None:
         execute(module)
-        first_call = getattr(module, _FIRST_CALL, None)
-        if first_call is not None:
-            setattr(module, _FIRST_CALL, _check_before(first_call))
-
-    return exec_module
+        first_call = getattr(module, FIRST_CALL, None)
+        if self in sys.meta_path and getattr(first_call, "__module__", None) == module.__name__:
+            setattr(module, FIRST_CALL, _check_before(first_call))
+            sys.meta_path.remove(self)
 
 
 def _check_before(first_call: Any) -> Any:
@@ -58,7 +55,7 @@ def _check_before(first_call: Any) -> Any:
             from freq_loss_plugin import ConfigError
 
             from . import network
-            from .trainers import UnsupportedTrainerError
+            from .host import UnsupportedTrainerError
 
             try:
                 network.check_before_models_load()

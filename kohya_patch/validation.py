@@ -18,7 +18,7 @@ PREFIX = "loss/validation/freq_"
 class ValidationReport:
     """Collects what the trainer validates, and adds it to what the trainer logs of its validation.
 
-    No pass is made for it: how often, on which pictures and at which timesteps follows from sd-scripts'
+    No pass is made for it: how often, on which images and at which timesteps follows from sd-scripts'
     ``validation_split`` and ``validate_every_n_steps``. Every process sees its own part; the main one logs.
 
     Args:
@@ -39,7 +39,7 @@ class ValidationReport:
         self._bands = ValidationBands(self._config)
 
     def join(self, accelerator: Any, logs: dict[str, Any], step: int) -> dict[str, Any]:
-        """``logs`` of a finished validation with ours, and one picture in TensorBoard; other logs as they are."""
+        """``logs`` of a finished validation with ours, and one image in TensorBoard; other logs as they are."""
         if not any(name.startswith("loss/validation/") and name.endswith("_average") for name in logs):
             return logs
         result = self._bands.finish()
@@ -58,12 +58,12 @@ class ValidationReport:
         from freq_loss_plugin.drawing import spectrum_plot
 
         try:
-            picture = spectrum_plot(result.spectra, "A: predicted clean latents, B: clean latents")
+            plot = spectrum_plot(result.spectra, "A: predicted clean latents, B: clean latents")
         except ImportError as error:
-            self._tell_once(f"freq_loss_validation: numbers without the picture of the spectra; {error}")
+            self._tell_once(f"freq_loss_validation: numbers without the image of the spectra; {error}")
             return
         writer = accelerator.get_tracker("tensorboard").writer
-        writer.add_image(f"{PREFIX}spectrum", picture.numpy(), step, dataformats="HWC")
+        writer.add_image(f"{PREFIX}spectrum", plot.numpy(), step, dataformats="HWC")
 
     def _tell_once(self, text: str) -> None:
         if not self._has_told:

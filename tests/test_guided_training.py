@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import shutil
 from pathlib import Path
 
@@ -11,9 +12,9 @@ import toml
 import torch
 from safetensors.torch import save_file
 
-from freq_loss_plugin import guidance
+from freq_loss_plugin import ConfigError, guidance
 
-pytestmark = [pytest.mark.host, pytest.mark.filterwarnings("default")]
+pytestmark = [pytest.mark.sd_scripts, pytest.mark.filterwarnings("default")]
 
 WIDTH = 64  # of the narrow text encoder
 # 128 × 128 for the photos and 192 × 64 for the wide ones.
@@ -240,13 +241,29 @@ def test_data_sets_survive_being_sent_to_a_loader_process(monkeypatch):
     monkeypatch.syspath_prepend(str(hosts.sd_scripts()))
     from library.train_util import DreamBoothDataset
 
-    from kohya_patch.guidance import naming_pictures
+    from kohya_patch.guidance import naming_images
 
     dataset = object.__new__(DreamBoothDataset)
-    dataset.__dict__.update(caching_mode=None, marker=Path("x"))
-    dataset.__class__ = naming_pictures(DreamBoothDataset)
-    assert naming_pictures(type(dataset)) is type(dataset)
+    dataset.__dict__.update(marker=Path("x"))
+    dataset.__class__ = naming_images(DreamBoothDataset)
+    assert naming_images(type(dataset)) is type(dataset)
     copied = pickle.loads(pickle.dumps(dataset))
     assert isinstance(copied, DreamBoothDataset)
     assert type(copied) is type(dataset) is not DreamBoothDataset
     assert copied.marker == Path("x")
+
+
+def test_a_data_set_that_does_not_say_what_it_shows_is_refused(monkeypatch):
+    """What dataset_class names is derived from sd-scripts' own MinimalDataset, which knows nothing of images."""
+    monkeypatch.syspath_prepend(str(hosts.sd_scripts()))
+    from library.train_util import MinimalDataset
+
+    from kohya_patch.guidance import TokenGuidance
+    from kohya_patch.trainers import Training
+
+    class OwnDataset(MinimalDataset):
+        pass
+
+    dataset = OwnDataset((64, 64), 1.0)
+    with pytest.raises(ConfigError, match=r"class OwnDataset has no buckets_indices.*remove dataset_class"):
+        TokenGuidance(Training(None, argparse.Namespace(), datasets=(dataset,)), None)

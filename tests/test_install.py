@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -10,8 +12,6 @@ from pathlib import Path
 
 import hosts
 import pytest
-
-from kohya_patch.trainers import NEEDED
 
 ROOT = Path(__file__).parent.parent
 
@@ -22,12 +22,29 @@ def install(*arguments, python=sys.executable, cwd=ROOT):
     )
 
 
-def checkout(folder, methods):
-    """A folder with a train_network.py whose trainer has these methods."""
-    body = "\n".join(f"    def {name}(self, {', '.join(parameters)}): ..." for name, parameters in methods.items())
-    folder.mkdir()
-    (folder / "train_network.py").write_text(f"class NetworkTrainer:\n{body or '    pass'}\n")
+@pytest.fixture
+def copied(tmp_path):
+    """A copy of what train_network.py of the checkout imports, to be changed."""
+    source = hosts.sd_scripts()
+    folder = tmp_path / "sd-scripts"
+    for name in ("library", "networks"):
+        shutil.copytree(source / name, folder / name, ignore=shutil.ignore_patterns("*.safetensors", "__pycache__"))
+    shutil.copy(source / "train_network.py", folder)
     return folder
+
+
+def rename_everywhere(folder, old, new):
+    """Rename a function of the copied sd-scripts, as a newer version might have done."""
+    for file in folder.rglob("*.py"):
+        text = file.read_text(encoding="utf-8")
+        file.write_text(re.sub(rf"\b{old}\b", new, text), encoding="utf-8")
+
+
+def install_module():
+    sys.path.insert(0, str(ROOT))
+    import install as module
+
+    return module
 
 
 def needs_the_packages_of_sd_scripts():
@@ -47,30 +64,56 @@ def test_a_folder_without_sd_scripts_is_named(tmp_path):
     assert f"{tmp_path} has no train_network.py" in done.stdout
 
 
+@pytest.mark.sd_scripts
 @pytest.mark.parametrize(
-    ("missing", "words"),
-    [("process_batch", "found no process_batch"), ("latents", "found no latents of get_noise_pred_and_target")],
+    ("old", "words"),
+    [
+        ("process_batch", "looked for the method process_batch in NetworkTrainer, and found none of that name"),
+        ("text_encoder_conds", "looked for text_encoder_conds among the parameters of NetworkTrainer.get_noise_pred"),
+        ("get_timesteps", "looked for the calls get_noise_pred_and_target -> get_noise_noisy_latents_and_timesteps ->"),
+        ("apply_masked_loss", "looked for a call of apply_masked_loss in NetworkTrainer.process_batch"),
+        ("val_dataset_group", "looked for val_dataset_group among the variables of train"),
+        ("buckets_indices", "looked for buckets_indices among the names in DreamBoothDataset.__getitem__"),
+    ],
 )
-def test_a_checkout_that_lacks_a_hook_point_is_refused_and_not_touched(tmp_path, missing, words):
-    needs_the_packages_of_sd_scripts()
-    methods = {
-        name: [parameter for parameter in parameters if parameter != missing]
-        for name, parameters in NEEDED.items()
-        if name != missing
-    }
-    folder = checkout(tmp_path / "sd-scripts", methods)
-    before = sorted(folder.rglob("*"))
-    done = install("--sd-scripts", str(folder))
+def test_a_checkout_that_lacks_a_hook_point_is_refused_and_not_touched(copied, old, words):
+    rename_everywhere(copied, old, f"{old}_2")
+    before = sorted(copied.rglob("*"))
+    done = install("--sd-scripts", str(copied))
     assert done.returncode == 1
     assert words in done.stdout
-    assert "git -C" in done.stdout
-    assert sorted(folder.rglob("*")) == before
+    assert "Update sd-scripts where it is older" in done.stdout
+    assert sorted(copied.rglob("*")) == before
+
+
+@pytest.mark.sd_scripts
+def test_a_checkout_that_cannot_be_imported_says_why(copied):
+    script = copied / "train_network.py"
+    script.write_text("import a_missing_package\n" + script.read_text(encoding="utf-8"), encoding="utf-8")
+    done = install("--sd-scripts", str(copied), "--check")
+    assert done.returncode == 1
+    assert "cannot be imported by this Python: ModuleNotFoundError: No module named 'a_missing_package'" in done.stdout
+
+
+@pytest.mark.sd_scripts
+def test_only_where_it_is_true_a_check_before_the_models_is_promised(copied, tmp_path):
+    """By a folder whose sitecustomize.py does what Python does with the .pth file of an installed plug-in."""
+    site = tmp_path / "site"
+    site.mkdir()
+    lines = ("import site, sys", f"sys.path.append({str(ROOT)!r})", f"site.addsitedir({str(ROOT / 'kohya_patch')!r})")
+    (site / "sitecustomize.py").write_text("\n".join(lines))
+    module = install_module()
+    assert module.ask_the_host(copied, plugin=site).checks_early
+    rename_everywhere(copied, "verify_training_args", "verify_the_arguments")
+    found = module.ask_the_host(copied, plugin=site)
+    assert found.problems == {"train_network.py": None}
+    assert not found.checks_early
 
 
 def test_another_python_is_told_to_activate_the_right_one(tmp_path):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "bare")], check=True)
     python = tmp_path / "bare" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    done = install("--sd-scripts", str(checkout(tmp_path / "sd-scripts", NEEDED)), "--check", python=str(python))
+    done = install("--sd-scripts", str(tmp_path), "--check", python=str(python))
     assert done.returncode == 1
     assert "not the Python that runs sd-scripts" in done.stdout
 
@@ -81,12 +124,13 @@ def test_check_needs_a_path():
     assert "--check needs --sd-scripts PATH" in done.stderr
 
 
-@pytest.mark.host
-def test_the_checkout_of_sd_scripts_is_accepted():
-    sys.path.insert(0, str(ROOT))
-    import install as module
-
+@pytest.mark.sd_scripts
+def test_every_trainer_of_the_checkout_is_accepted():
+    module = install_module()
     assert module.check_checkout(hosts.sd_scripts()) == []
+    found = module.ask_the_host(hosts.sd_scripts(), plugin=ROOT)
+    scripts = {path.name for path in hosts.sd_scripts().glob("*train_network.py")}
+    assert found.problems == dict.fromkeys(scripts)
 
 
 def test_the_wheel_holds_the_two_packages_and_the_startup_file_and_nothing_else(tmp_path):

@@ -10,7 +10,7 @@ import oracle
 import pytest
 import torch
 
-pytestmark = pytest.mark.host
+pytestmark = pytest.mark.sd_scripts
 
 # How far into the line sd-scripts' log reaches before it folds.
 LOADS_THE_MODEL = "load Diffusers pretrained"
@@ -366,8 +366,48 @@ def test_another_network_module_is_wrapped(sd_scripts, tmp_path):
     assert_scalars_are_the_formula(run, dist_match=0.01)
 
 
+def needs(sd_scripts, file):
+    if not (sd_scripts.path / file).is_file():
+        pytest.skip(f"{hosts.SD_SCRIPTS.title(sd_scripts.path)} has no {file}")
+
+
+@pytest.mark.parametrize("timesteps", ["unified", "shared"])
+def test_inpainting(sd_scripts, tmp_path, timesteps):
+    """The UNet has nine channels of input: the latents, a mask and the masked latents; its output is as always."""
+    needs(sd_scripts, "inpainting_minimal_inference.py")
+    options = {"dist_match": 0.01, "freq_loss_timesteps": timesteps, "freq_loss_max_timestep": 999}
+    run = sd_scripts.train(tmp_path, freq_loss=options, train_inpainting=True, max_train_steps=4)
+    assert run.returncode == 0, run.output
+    assert "train_inpainting: expanding" in run.output
+    if timesteps == "unified":
+        assert_scalars_are_the_formula(run, dist_match=0.01)
+    assert any(total > 0 for total in run.scalars["loss/freq_total"])
+
+
+@pytest.mark.parametrize("script", ["train_leco.py", "sdxl_train_leco.py"])
+@pytest.mark.parametrize("weights", [False, True], ids=["new", "continued"])
+def test_scripts_that_train_on_prompts_are_refused_before_any_model_is_loaded(
+    sd_scripts, plain, tmp_path, script, weights
+):
+    needs(sd_scripts, script)
+    (tmp_path / "prompts.toml").write_text('[[prompts]]\ntarget = "a cat"\n')
+    settings = {"network_weights": str(plain.folder / "lora.safetensors"), "dim_from_weights": True} if weights else {}
+    prompts = ("--prompts_file", str(tmp_path / "prompts.toml"))
+    run = sd_scripts.train(tmp_path, *prompts, script=script, freq_loss={"dist_match": 0.01}, **settings)
+    assert run.returncode == 1, run.output
+    message = run.output[run.output.index("\nfreq_loss: ") :]
+    for words in (
+        f"network_module = 'kohya_patch' in {script}",
+        "batches of images",
+        'network_module = "networks.lora"',
+    ):
+        assert words in message
+    assert "Traceback" not in message
+    assert LOADS_THE_MODEL not in run.output
+
+
 def archived(commit, folder):
-    """An older sd-scripts out of the checkout's own history."""
+    """Another sd-scripts out of the checkout's own history."""
     folder.mkdir(parents=True)
     source = hosts.sd_scripts()
     found = subprocess.run(["git", "-C", source, "cat-file", "-e", f"{commit}^{{commit}}"], capture_output=True)
@@ -380,16 +420,6 @@ def archived(commit, folder):
     )
     subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
     return folder
-
-
-@pytest.mark.parametrize("commit", ["d0b5c0e5", "6edbe005"])
-def test_older_sd_scripts_work_unchanged(material, tmp_path, commit):
-    from runs import SdScripts
-
-    older = SdScripts(archived(commit, tmp_path / "sd-scripts"), material)
-    run = older.train(tmp_path / "run", freq_loss={"dist_match": 0.01}, max_train_steps=2)
-    assert run.returncode == 0, run.output
-    assert_scalars_are_the_formula(run, dist_match=0.01)
 
 
 def test_sd_scripts_without_the_hook_points_is_refused_before_any_model_is_loaded(material, plain, tmp_path):

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import functools
+import inspect
 import logging
 import random
+import subprocess
 import sys
 import weakref
 from pathlib import Path
@@ -22,25 +24,18 @@ import torch
 from torch import autocast
 
 import freq_loss_plugin.report
+import kohya_patch
 from freq_loss_plugin import ConfigError, FreqLossConfig
 from freq_loss_plugin.balance import Balance
 from freq_loss_plugin.memory import ResidualMemory
 from freq_loss_plugin.report import ShareReport
 from freq_loss_plugin.step import DeferredScalars, NonFiniteLossError, shared_timesteps
-from kohya_patch import network, report
+from kohya_patch import host, network, report
 from kohya_patch.hook import LossHook
+from kohya_patch.host import UnsupportedTrainerError
 from kohya_patch.state import StateFile
-from kohya_patch.trainers import (
-    FAMILIES,
-    NEEDED_FOR_VALIDATION,
-    Training,
-    UnsupportedTrainerError,
-    at_one_timestep,
-    check_trainer,
-    find_training,
-    first_step,
-    timestep_drawer,
-)
+from kohya_patch.timesteps import at_one_timestep, choosing_timesteps
+from kohya_patch.trainers import FAMILIES, Training, find_training, first_step
 
 HOST_FOLDER = Path(__file__).parent / "sd_scripts_host"
 NAMES = ["sd15", "sdxl", "sd3", "flux", "lumina", "hunyuan_image", "anima"]
@@ -72,7 +67,7 @@ def install(stand_in, config):
 
 def expected_bands(stand_in, used, *, window=None, mask=None):
     """(L_low, L_high) of a recorded pass by the oracle."""
-    name = FAMILIES[type(stand_in.trainer).__name__].name
+    name = Training(stand_in.trainer, stand_in.args).family.name
     prediction, target, timesteps = used
     scale = 1000 if name == "Anima" else 1
     timesteps = [float(t) * scale for t in timesteps]
@@ -93,7 +88,7 @@ def expected_bands(stand_in, used, *, window=None, mask=None):
     )
 
 
-@pytest.mark.host
+@pytest.mark.sd_scripts
 @pytest.mark.parametrize("name", NAMES)
 def test_unified_adds_the_formula_of_an_extra_pass_at_one_timestep(stand_ins, name):
     stand_in = stand_ins.make(name)
@@ -120,7 +115,7 @@ def test_unified_adds_the_formula_of_an_extra_pass_at_one_timestep(stand_ins, na
     assert gradient.isfinite().all()
 
 
-@pytest.mark.host
+@pytest.mark.sd_scripts
 @pytest.mark.parametrize("name", NAMES)
 def test_own_adds_the_formula_of_the_base_pass(stand_ins, name):
     stand_in = stand_ins.make(name)
@@ -137,7 +132,7 @@ def test_own_adds_the_formula_of_the_base_pass(stand_ins, name):
     assert (loss - base).item() == pytest.approx(0.1 * (0.7 * low + 0.3 * high), rel=1e-4)
 
 
-@pytest.mark.host
+@pytest.mark.sd_scripts
 @pytest.mark.parametrize("name", NAMES)
 def test_two_backward_passes_add_up_to_the_gradient_of_the_sum(stand_ins, name, monkeypatch):
     """The unified pass is propagated first; under DeepSpeed, where it cannot be, both together and with a reason."""
@@ -165,7 +160,7 @@ def asked(propagates_at_once, kind, accelerator):
     return propagates_at_once(argparse.Namespace(distributed_type=DistributedType[kind]))
 
 
-@pytest.mark.host
+@pytest.mark.sd_scripts
 def test_a_trained_text_encoder_is_part_of_both_passes(stand_ins):
     """Its graph is there once and is propagated twice."""
     gradients = {}
@@ -212,7 +207,7 @@ class _Kept:
         self.tensor = tensor
 
 
-@pytest.mark.host
+@pytest.mark.sd_scripts
 def test_unified_keeps_no_more_for_backward_passes_than_plain_training(stand_ins):
     most = {}
     for dist_match, together in ((0.0, False), (0.1, False), (0.1, True)):
@@ -237,7 +232,7 @@ def test_unified_keeps_no_more_for_backward_passes_than_plain_training(stand_ins
     assert most[0.1, True] > 1.9 * most[0.0, False]  # so it can be seen
 
 
-@pytest.mark.host
+@pytest.mark.sd_scripts
 @pytest.mark.parametrize("name", NAMES)
 def test_shared_adds_the_formula_where_the_batch_shares_a_timestep(stand_ins, name):
     stand_in = stand_ins.make(name)
@@ -273,6 +268,21 @@ def kolmogorov_smirnov(a, b):
     return distance * (len(a) * len(b) / (len(a) + len(b))) ** 0.5
 
 
+def drawing_of(stand_in):
+    """How the trainer draws n timesteps for a batch like its own."""
+    draws = []
+
+    def choose(draw, count, own):
+        draws.append(draw)
+        return draw(count)
+
+    trainer = type(stand_in.trainer)
+    prediction = FAMILIES[trainer.__name__].prediction
+    with choosing_timesteps(prediction, host.drawing_function(trainer, prediction), choose):
+        stand_in.process_batch()
+    return draws[0]
+
+
 # What the trainers can draw from: uniform, min/max_timestep, and the samplings and weightings with shapes of their own.
 DISTRIBUTIONS = [
     ("sd15", {}),
@@ -287,20 +297,19 @@ DISTRIBUTIONS = [
 ]
 
 
-@pytest.mark.host
+@pytest.mark.sd_scripts
 @pytest.mark.parametrize(
     ("name", "arguments"), DISTRIBUTIONS, ids=lambda value: value if isinstance(value, str) else ""
 )
 def test_shared_timesteps_are_distributed_as_the_trainer_draws_them(stand_ins, name, arguments):
     """2,000 batches of three against 20,000 timesteps of the trainer's own function."""
     stand_in = stand_ins.make(name, **arguments)
-    hook = install(stand_in, FreqLossConfig(dist_match=0.1, timesteps="shared"))
-    stand_in.process_batch()
-    draw = timestep_drawer(hook._family, stand_in.args, stand_in.scheduler, stand_in.batch["latents"])
+    config = FreqLossConfig(dist_match=0.1, timesteps="shared")
+    draw = drawing_of(stand_in)
     expected = torch.cat([draw(500) for _ in range(40)])
     found, alone = [], []
     for number in range(2000):
-        timesteps, shared = shared_timesteps(draw, 3, hook._config, str(number))
+        timesteps, shared = shared_timesteps(draw, 3, config, str(number))
         found.append(timesteps.float())
         if shared is None:
             alone.append(len(set(timesteps.tolist())))
@@ -310,6 +319,94 @@ def test_shared_timesteps_are_distributed_as_the_trainer_draws_them(stand_ins, n
     inside = ((expected >= 200) & (expected < 600)).float().mean().item()
     assert 1 - len(alone) / 2000 == pytest.approx(inside, abs=4 * (inside * (1 - inside) / 2000) ** 0.5 + 0.01)
     assert np.mean(alone) > 2.5
+
+
+# In dev versions of sd-scripts a subset can ask for an offset of its images' timesteps.
+OFFSETS = [-1.0, 0.5, 0.0]
+
+
+def with_offsets(stand_ins, name, **arguments):
+    stand_in = stand_ins.make(name, **arguments)
+    drawing = host.drawing_function(type(stand_in.trainer), "flow")
+    if host.OFFSET not in inspect.signature(drawing.function).parameters:
+        pytest.skip(f"{hosts.SD_SCRIPTS.title(hosts.sd_scripts())} has no {host.OFFSET}")
+    stand_in.batch["custom_attributes"] = [{"timestep_sampling": {"offset": offset}} for offset in OFFSETS]
+    return stand_in
+
+
+@pytest.mark.sd_scripts
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("flux", {"timestep_sampling": "sigmoid", "sigmoid_scale": 1.3}),
+        ("flux", {"timestep_sampling": "flux_shift"}),
+        ("anima", {"timestep_sampling": "shift", "discrete_flow_shift": 3.0}),
+        ("flux", {"timestep_sampling": "sigma"}),  # heeds no offset
+        ("hunyuan_image", {"timestep_sampling": "sigmoid"}),  # reads none
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_shared_timesteps_keep_the_offset_of_each_sample(stand_ins, name, arguments):
+    """2,000 batches of the trainer alone, and 2,000 with the hook: each sample's timesteps are distributed alike."""
+    scale = 1000 if name == "anima" else 1
+    found = {}
+    for is_hooked in (False, True):
+        stand_in = with_offsets(stand_ins, name, **arguments)
+        if is_hooked:
+            install(stand_in, FreqLossConfig(dist_match=0.1, timesteps="shared"))
+        together, drawn = [], []
+        for seed in range(2000):
+            stand_in.process_batch(seed=seed)
+            timesteps = stand_in.passes[0][2].float() * scale
+            drawn.append(timesteps)
+            if is_hooked:
+                together.append(((timesteps - timesteps[2]).abs() < 1e-3)[:2].float())
+        found[is_hooked] = torch.stack(drawn).numpy()
+    for place in range(3):
+        assert kolmogorov_smirnov(found[False][:, place], found[True][:, place]) < 1.95  # 0.1%
+    means = found[False].mean(axis=0)
+    heeded = name != "hunyuan_image" and arguments["timestep_sampling"] != "sigma"
+    assert (means[0] < means[2] - 50) == (means[1] > means[2] + 50) == heeded
+    # In the window most samples take the timestep that they would all take without offsets.
+    in_window = torch.stack(together)[torch.tensor((found[True][:, 2] >= 200) & (found[True][:, 2] < 600))]
+    assert (in_window.mean(dim=0) > (0.4 if heeded else 0.99)).all()
+
+
+@pytest.mark.sd_scripts
+@pytest.mark.parametrize("name", ["flux", "anima"])
+def test_the_term_of_a_shared_timestep_is_that_of_the_samples_that_take_it(stand_ins, name):
+    stand_in = with_offsets(stand_ins, name, timestep_sampling="sigmoid")
+    hook = install(stand_in, FreqLossConfig(dist_match=0.1, timesteps="shared"))
+    taken = set()
+    for _ in range(60):
+        stand_in.process_batch()
+        (numbers,) = hook._monitor.settle(1)
+        prediction, target, timesteps = stand_in.passes[0]
+        takes = (timesteps - timesteps[2]).abs() < 1e-6
+        if numbers.total == 0:
+            continue
+        taken.add(tuple(takes.tolist()))
+        stand_in.batch["loss_weights"] = takes.float()
+        low, high = expected_bands(stand_in, (prediction, target, timesteps))
+        stand_in.batch["loss_weights"] = torch.ones(3)
+        assert numbers.total == pytest.approx(0.1 * (0.7 * low + 0.3 * high), rel=1e-4)
+    assert len(taken) > 1
+
+
+@pytest.mark.sd_scripts
+@pytest.mark.parametrize("mode", ["unified", "shared"])
+@pytest.mark.parametrize("name", ["flux", "anima"])
+def test_an_offset_moves_no_timestep_that_was_asked_for_and_no_other_random_number(stand_ins, name, mode):
+    stand_in = with_offsets(stand_ins, name, timestep_sampling="shift", discrete_flow_shift=3.0)
+    stand_in.process_batch()
+    base_pass, next_draw = stand_in.passes[0], torch.rand(3)
+    install(stand_in, FreqLossConfig(dist_match=0.1, timesteps=mode))
+    stand_in.process_batch()
+    assert torch.equal(torch.rand(3), next_draw)
+    if mode == "unified":
+        extra, first = stand_in.passes
+        assert (extra[2] - extra[2][0]).abs().max() < 1e-6
+        assert torch.equal(first[2], base_pass[2])
 
 
 def keep_gradients(stand_in):
@@ -327,7 +424,7 @@ def keep_gradients(stand_in):
     return kept
 
 
-@pytest.mark.host
+@pytest.mark.sd_scripts
 @pytest.mark.parametrize("name", NAMES)
 def test_a_share_of_the_base_gradient_is_held_in_the_same_pass(stand_ins, name):
     gradients = {}
@@ -349,7 +446,7 @@ def test_a_share_of_the_base_gradient_is_held_in_the_same_pass(stand_ins, name):
     assert loss.item() == pytest.approx(numbers.base + numbers.total, rel=1e-5)
 
 
-@pytest.mark.host
+@pytest.mark.sd_scripts
 @pytest.mark.parametrize("name", NAMES)
 def test_a_share_of_the_base_gradient_is_held_by_the_extra_pass(stand_ins, name):
     """Its weight is dist_match in the first batch; afterwards it follows from the averages, which are redone here."""
@@ -378,7 +475,7 @@ def test_a_share_of_the_base_gradient_is_held_by_the_extra_pass(stand_ins, name)
         assert numbers.logs()["loss/freq_grad_cosine"] == numbers.others["grad_cosine"]
 
 
-@pytest.mark.host
+@pytest.mark.sd_scripts
 def test_a_batch_without_a_shared_timestep_has_no_weight_and_no_cosine(stand_ins):
     stand_in = stand_ins.make("sd15")
     hook = install(stand_in, FreqLossConfig(timesteps="shared", share=0.1, grad_cosine=True))
@@ -392,7 +489,7 @@ def test_a_batch_without_a_shared_timestep_has_no_weight_and_no_cosine(stand_ins
     assert seen == {True, False}
 
 
-@pytest.mark.host
+@pytest.mark.sd_scripts
 @pytest.mark.parametrize("name", NAMES)
 def test_validation_is_told_in_bands_to_the_trainers_own_trackers(stand_ins, name, tmp_path):
     from accelerate import Accelerator
@@ -426,7 +523,7 @@ def test_validation_is_told_in_bands_to_the_trainers_own_trackers(stand_ins, nam
     assert (picture.width, picture.height) == (900, 560)
 
 
-@pytest.mark.host
+@pytest.mark.sd_scripts
 @pytest.mark.parametrize("name", NAMES)
 def test_validation_and_other_trainings_are_left_alone(stand_ins, name):
     stand_in = stand_ins.make(name)
@@ -437,7 +534,7 @@ def test_validation_and_other_trainings_are_left_alone(stand_ins, name):
     assert torch.equal(stand_in.process_batch(), base)
 
 
-@pytest.mark.host
+@pytest.mark.sd_scripts
 @pytest.mark.parametrize("name", ["flux", "lumina", "hunyuan_image"])
 @pytest.mark.parametrize("shape", ["additive", "sigma_scaled"])
 def test_unified_reads_the_bare_velocity_however_the_base_loss_reshapes_it(stand_ins, name, shape):
@@ -449,7 +546,7 @@ def test_unified_reads_the_bare_velocity_however_the_base_loss_reshapes_it(stand
     assert not torch.equal(raw.passes[1][0], reshaped.passes[1][0])
 
 
-@pytest.mark.host
+@pytest.mark.sd_scripts
 @pytest.mark.parametrize("name", ["sd15", "flux"])
 def test_masked_loss_masks_the_latents_by_the_conditioning_images(stand_ins, name):
     """With masked_loss the mask is the red channel of a picture in -1..1, averaged down to the size of the latents."""
@@ -465,7 +562,7 @@ def test_masked_loss_masks_the_latents_by_the_conditioning_images(stand_ins, nam
     assert (loss - base).item() == pytest.approx(0.1 * (0.7 * low + 0.3 * high), rel=1e-4)
 
 
-@pytest.mark.host
+@pytest.mark.sd_scripts
 @pytest.mark.parametrize(
     "options",
     [{"dist_match": 0.1}, {"share": 0.5}, {"share": 0.5, "timesteps": "own", "max_timestep": 1000}],
@@ -491,7 +588,7 @@ def test_float16_autocast_with_a_gradient_scaler(stand_ins, options):
     assert not torch.equal(predictions[True], predictions[False])
 
 
-@pytest.mark.host
+@pytest.mark.sd_scripts
 def test_differential_output_preservation(stand_ins):
     """sd-scripts replaces the targets of some samples by the untrained model's output; the term follows."""
     stand_in = stand_ins.make("sd15")
@@ -521,7 +618,7 @@ def test_differential_output_preservation(stand_ins):
     assert multipliers == [0.0, 1.0] * 3
 
 
-@pytest.mark.host
+@pytest.mark.sd_scripts
 def test_a_term_that_is_not_finite_stops_before_the_optimizer(stand_ins):
     stand_in = stand_ins.make("sd15")
     hook = install(stand_in, FreqLossConfig(dist_match=0.1))
@@ -535,7 +632,7 @@ def test_a_term_that_is_not_finite_stops_before_the_optimizer(stand_ins):
     assert hook.step == 1
 
 
-@pytest.mark.host
+@pytest.mark.sd_scripts
 def test_a_trainer_that_ignores_the_timestep_is_refused(stand_ins):
     stand_in = stand_ins.make("sd15")
     original = stand_in.trainer.get_noise_pred_and_target
@@ -550,7 +647,7 @@ def test_a_trainer_that_ignores_the_timestep_is_refused(stand_ins):
         stand_in.process_batch()
 
 
-@pytest.mark.host
+@pytest.mark.sd_scripts
 def test_uninstalling_gives_the_trainer_back(stand_ins):
     stand_in = stand_ins.make("sdxl")
     base = stand_in.process_batch()
@@ -568,14 +665,14 @@ def test_uninstalling_gives_the_trainer_back(stand_ins):
     assert torch.equal(stand_in.process_batch(), once)
 
 
-@pytest.mark.host
+@pytest.mark.sd_scripts
 @pytest.mark.parametrize("name", NAMES)
 def test_no_option_of_sd_scripts_looks_like_one_of_ours(stand_ins, name):
     args = stand_ins.make(name).args
     assert FreqLossConfig.from_mapping(args) == FreqLossConfig()
 
 
-@pytest.mark.host
+@pytest.mark.sd_scripts
 @pytest.mark.parametrize(
     ("name", "settings", "words"),
     [
@@ -601,6 +698,11 @@ def test_no_option_of_sd_scripts_looks_like_one_of_ours(stand_ins, name):
         ),
         ("sd15", {"freq_loss_network_module": "kohya_patch"}, ["cannot wrap itself", "networks.lora"]),
         ("sd15", {"freq_loss_network_module": "nonsense.lora"}, ["'nonsense.lora'", "no such Python module"]),
+        (
+            "flux",
+            {"freq_loss_network_module": "networks.loha"},
+            ["'networks.loha'", "this trainer is FLUX / Chroma", "SDXL and Anima only", "'lycoris.kohya'"],
+        ),
         ("sd15", {"resolution": "16,64", "freq_loss_levels": 2}, ["freq_loss_levels = 2", "2 × 2"]),
         ("sd15", {"network_args": ["freq_loss_metod=fft"]}, ["freq_loss_metod", "Did you mean freq_loss_method?"]),
         ("sd15", {"network_args": ["dist_match=none"]}, ["dist_match = 'none'", "a number"]),
@@ -614,6 +716,7 @@ def test_no_option_of_sd_scripts_looks_like_one_of_ours(stand_ins, name):
     ],
 )
 def test_combinations_that_cannot_work_are_refused(stand_ins, name, settings, words):
+    needs_module(settings.get("freq_loss_network_module"))
     stand_in = stand_ins.make(name, **settings)
     with pytest.raises(ConfigError) as caught:
         network.check(Training(stand_in.trainer, stand_in.args))
@@ -621,7 +724,54 @@ def test_combinations_that_cannot_work_are_refused(stand_ins, name, settings, wo
         assert word in str(caught.value)
 
 
-@pytest.mark.host
+def needs_module(name):
+    """Skip where a module of sd-scripts came with a later version."""
+    if name in host.NETWORK_MODULES and not (hosts.sd_scripts() / f"{name.replace('.', '/')}.py").is_file():
+        pytest.skip(f"{hosts.SD_SCRIPTS.title(hosts.sd_scripts())} has no {name}")
+
+
+@pytest.mark.sd_scripts
+@pytest.mark.parametrize("module", host.NETWORK_MODULES)
+@pytest.mark.parametrize("timesteps", ["unified", "shared"])
+def test_sd_scripts_own_loha_and_lokr_train_sdxl(stand_ins, monkeypatch, module, timesteps):
+    """Its own U-Net with a tenth of the channels, and the network that its own module makes for it."""
+    needs_module(module)
+    options = {"dist_match": 0.1, "freq_loss_timesteps": timesteps, "freq_loss_max_timestep": 1000}
+    stand_in = stand_ins.make("sdxl", freq_loss_network_module=module, **options)
+    stand_in.batch["text_encoder_outputs_list"] = [torch.randn(3, 7, size) for size in (768, 1280)]
+    stand_in.batch["text_encoder_outputs_list"].append(torch.randn(3, 1280))
+    from library import sdxl_original_unet
+
+    monkeypatch.setattr(sdxl_original_unet, "MODEL_CHANNELS", 32)
+    monkeypatch.setattr(sdxl_original_unet, "TIME_EMBED_DIM", 128)
+    stand_in.denoiser = sdxl_original_unet.SdxlUNet2DConditionModel().requires_grad_(False)
+    args = stand_in.args
+
+    class StartingTrainer(type(stand_in.trainer)):
+        def train(self, args):
+            return kohya_patch.create_network(1.0, 4, 4.0, None, [None, None], stand_in.denoiser, neuron_dropout=None)
+
+    stand_in.trainer.__class__ = StartingTrainer
+    made = stand_in.trainer.train(args)
+    assert type(made).__module__ == "networks.network_base"
+    made.apply_to(None, stand_in.denoiser, apply_text_encoder=False)
+    optimizer = torch.optim.SGD(made.parameters(), lr=1e-3)
+    for _ in range(4):
+        loss = stand_in.process_batch()
+        stand_in.accelerator.backward(loss)
+        (numbers,) = stand_in.trainer._freq_loss_hook._monitor.settle(1)
+        optimizer.step()
+        if numbers.total > 0:
+            low, high = expected_bands(stand_in, stand_in.passes[0])
+            assert numbers.total == pytest.approx(0.1 * (0.7 * low + 0.3 * high), rel=1e-4)
+    assert all(parameter.grad.isfinite().all() for parameter in made.parameters())
+    assert sum(parameter.grad.abs().sum() for parameter in made.parameters()) > 0
+    metadata = {}
+    stand_in.trainer.update_metadata(metadata, args)
+    assert metadata["ss_network_module"] == module
+
+
+@pytest.mark.sd_scripts
 @pytest.mark.parametrize("name", NAMES)
 def test_every_trainer_passes_the_check_and_names_its_own_lora(stand_ins, name):
     stand_in = stand_ins.make(name)
@@ -629,6 +779,15 @@ def test_every_trainer_passes_the_check_and_names_its_own_lora(stand_ins, name):
     assert network.check(training).enabled
     path = hosts.sd_scripts() / (training.family.network_module.replace(".", "/") + ".py")
     assert path.is_file()
+
+
+@pytest.mark.sd_scripts
+def test_an_error_names_the_version_that_was_found_and_those_that_work(stand_ins):
+    found = str(host.unsupported(type(stand_ins.make("sdxl").trainer), "a method", "none"))
+    command = ["git", "-C", str(hosts.sd_scripts()), "log", "-1", "--format=%H %cs"]
+    commit, date = subprocess.run(command, capture_output=True, text=True).stdout.split()
+    for word in (commit[:7], date, str(hosts.sd_scripts()), "(commit d0b5c0e5) to v0.11.1", "dev branch at 37a1cbb"):
+        assert word in found
 
 
 # Without sd-scripts
@@ -665,7 +824,7 @@ def test_the_training_is_found_on_the_stack_and_nowhere_else():
 def test_a_missing_method_is_named(missing):
     outdated = type("NetworkTrainer", (NetworkTrainer,), {missing: None})
     with pytest.raises(UnsupportedTrainerError, match=rf"method {missing} .*v0\.9\.1 and older.*git pull"):
-        check_trainer(outdated())
+        host.check_methods(outdated)
 
 
 def test_a_missing_parameter_is_named():
@@ -673,10 +832,11 @@ def test_a_missing_parameter_is_named():
         def get_noise_pred_and_target(self, args, clean, text_encoder_conds, is_train=True): ...
 
     with pytest.raises(
-        UnsupportedTrainerError, match=r"parameter latents of .*found .*\(args, clean, text_encoder_conds, is_train\)"
+        UnsupportedTrainerError,
+        match=r"latents among the parameters of Moved\.get_noise_pred_and_target, and found self, args, clean, ",
     ):
-        check_trainer(Moved())
-    check_trainer(NetworkTrainer())
+        host.check_methods(Moved)
+    host.check_methods(NetworkTrainer)
 
 
 def test_subclasses_belong_to_the_nearest_family():
@@ -690,7 +850,7 @@ def test_subclasses_belong_to_the_nearest_family():
 def test_one_timestep_by_the_flow_trainers_own_formula(timestep):
     args = argparse.Namespace(min_timestep=None, max_timestep=None, timestep_sampling="sigma", untouched=5)
     fixed = at_one_timestep(args, timestep)
-    x = torch.sigmoid(fixed.sigmoid_scale * torch.randn(4))
+    x = torch.sigmoid(fixed.sigmoid_scale * (torch.randn(4) + torch.tensor([0, 0.5, -0.5, 3])))
     sigma = x * fixed.discrete_flow_shift / (1 + (fixed.discrete_flow_shift - 1) * x)
     torch.testing.assert_close(sigma, torch.full((4,), timestep / 1000), rtol=1e-5, atol=1e-7)
     assert fixed.min_timestep == fixed.max_timestep == timestep
@@ -818,7 +978,7 @@ def test_what_is_off_with_the_loss_is_named(capsys, caplog):
 
 def test_a_trainer_that_logs_in_another_way_cannot_validate_in_bands():
     with pytest.raises(UnsupportedTrainerError, match="the method accelerator_logging"):
-        check_trainer(NetworkTrainer(), NEEDED_FOR_VALIDATION)
+        host.check_methods(NetworkTrainer, host.VALIDATION_METHODS)
 
 
 def test_a_state_without_our_file_begins_anew_and_says_so(tmp_path, caplog):

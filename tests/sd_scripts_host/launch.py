@@ -73,13 +73,14 @@ def _leave_frozen_models_unwrapped() -> None:
 def _record_passes(record: str) -> None:
     """Wrap the class methods when the trainer starts, below anything that the plug-in puts on the object."""
     import torch
-    from library import original_unet, train_util
+    from library import original_unet
 
     events: list[dict] = []
-    verify = train_util.verify_training_args
+    verifying = _module_of_the_first_call()
+    verify = verifying.verify_training_args
 
     def start_recording(args):
-        trainer_class = type(sys._getframe(1).f_locals["self"])
+        trainer_class = type(sys._getframe(1).f_locals.get("self"))
         if not hasattr(trainer_class, "process_batch"):
             return verify(args)
         get_pass, process = trainer_class.get_noise_pred_and_target, trainer_class.process_batch
@@ -124,9 +125,16 @@ def _record_passes(record: str) -> None:
         trainer_class.process_batch = process_batch
         return verify(args)
 
-    train_util.verify_training_args = start_recording
+    verifying.verify_training_args = start_recording
     rank = int(os.environ.get("RANK", "0"))
     atexit.register(lambda: torch.save(events, f"{record}.{rank}" if rank else record))
+
+
+def _module_of_the_first_call():
+    """Where trainers look up the first function that they call; since v0.11 ``train_util`` only re-exports it."""
+    from library import train_util
+
+    return sys.modules[train_util.verify_training_args.__module__]
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ import importlib
 from dataclasses import dataclass, field
 from typing import Any
 
+import hosts
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -89,10 +91,15 @@ TRAINERS = {
 
 
 def make(name: str, **settings: Any) -> StandIn:
-    """A stand-in of one of `TRAINERS`, with the defaults of its own argument parser and ``settings``."""
+    """A stand-in of one of `TRAINERS`, with the defaults of its own argument parser and ``settings``.
+
+    Skips the calling test where this sd-scripts has no such trainer.
+    """
     from accelerate import Accelerator
 
     script, class_name, latent_shape = TRAINERS[name]
+    if not (hosts.sd_scripts() / f"{script}.py").is_file():
+        pytest.skip(f"{hosts.SD_SCRIPTS.title(hosts.sd_scripts())} has no {script}.py")
     module = importlib.import_module(script)
     args = module.setup_parser().parse_args([])
     vars(args).update({"seed": 11, "max_train_steps": 10, "model_prediction_type": "raw", **settings})

@@ -1,0 +1,80 @@
+"""Checks an sd-scripts with its own code: ``python -m kohya_patch.host_check train_network.py`` in its folder.
+
+Used by ``install.py``. Imports every ``*train_network.py`` (no model is loaded), checks what `kohya_patch.host` assumes
+of its trainer, and prints one line of JSON, see `Report`. The argument makes this process look like a training to the
+.pth file of an installed plug-in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import TypedDict
+
+from . import host
+from .trainers import FAMILIES
+
+
+class Report(TypedDict):
+    """What was found.
+
+    Attributes:
+        problems: for each training script what is wrong with it, or None.
+        checks_early: whether a wrong option is found before a model is loaded.
+    """
+
+    problems: dict[str, str | None]
+    checks_early: bool
+
+
+def main() -> None:
+    """Check the sd-scripts in the current folder and print a `Report`."""
+    scripts = sorted(path.stem for path in Path().glob("*train_network.py"))
+    problems = {f"{script}.py": check_script(script) for script in scripts}
+    checks_early = problems.get("train_network.py") is None and check_is_early()
+    print(json.dumps(Report(problems=problems, checks_early=checks_early)))
+
+
+def check_script(script: str) -> str | None:
+    """What is wrong with a training script: it cannot be imported, or an assumption about its trainer does not hold.
+
+    Args:
+        script: its name without the ending.
+    """
+    try:
+        module = importlib.import_module(script)
+    except Exception as error:  # whatever a foreign module raises
+        return f"cannot be imported by this Python: {type(error).__name__}: {error}"
+    found = [cls for cls in vars(module).values() if getattr(cls, "__module__", None) == script]
+    trainer = next((cls for cls in found if isinstance(cls, type) and cls.__name__ in FAMILIES), None)
+    if trainer is None:
+        return f"has no trainer that this plug-in knows; it knows {', '.join(FAMILIES)}"
+    family = FAMILIES[trainer.__name__]
+    try:
+        host.check_everything(trainer, family.prediction, guidance=family.guidance)
+    except host.UnsupportedTrainerError as error:
+        return str(error)
+    return None
+
+
+def check_is_early() -> bool:
+    """Whether a training with a misspelled option is stopped by the plug-in's own message before anything else happens.
+
+    It is given no other option, so that sd-scripts itself cannot get further than to the first one that it looks for.
+    """
+    trainer = importlib.import_module("train_network").NetworkTrainer()
+    try:
+        trainer.train(argparse.Namespace(network_module=__package__, network_args=["freq_loss_metod=fft"]))
+    except SystemExit as stopped:
+        return "freq_loss: " in str(stopped.code)
+    except Exception:  # sd-scripts looked for an option of its own
+        return False
+    return False
+
+
+if __name__ == "__main__":
+    sys.argv = sys.argv[:1]
+    main()
