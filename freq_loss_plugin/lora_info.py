@@ -22,21 +22,20 @@ from . import guidance
 _LONGEST_HEADER = 100_000_000
 _FLOATING = re.compile(r"F(64|32|16|8\w*)|BF16")
 
-# The trainers' own words for base models (ss_base_model_version, modelspec.architecture), by how they begin.
+# The trainers' own words for base models (ss_base_model_version, modelspec.architecture before its "/lora"). What is
+# not among them is unknown, however much it looks like one of them: FLUX.2 is no FLUX.1.
 _BASE_MODELS = {
-    "sd_v1": "SD1.x",
-    "stable-diffusion-v1": "SD1.x",
-    "sd_v2": "SD2.x",
-    "stable-diffusion-v2": "SD2.x",
-    "sdxl": "SDXL",
-    "stable-diffusion-xl": "SDXL",
-    "sd3": "SD3",
-    "stable-diffusion-3": "SD3",
-    "flux": "FLUX.1",
-    "chroma": "Chroma",
-    "lumina": "Lumina 2",
-    "hunyuan-image": "HunyuanImage 2.1",
-    "anima": "Anima",
+    "SD1.x": r"sd[_-]?v?1.*|stable-diffusion-v1.*",
+    "SD2.x": r"sd[_-]?v?2.*|stable-diffusion-v2.*",
+    "SDXL": r"sdxl.*|stable-diffusion-xl.*",
+    "SD3": r"sd3.*|stable-diffusion-3.*",
+    "FLUX.1": r"flux([._-]?1([^0-9].*)?|[_-](dev|schnell|kontext|fill|krea)(?!.*2).*)?",
+    "FLUX.2": r"flux[._-]?2([^0-9].*)?",
+    "Chroma": r"chroma1?([_-](?!radiance).*)?",
+    "Lumina 2": r"lumina([_-]?(image[_-]?)?2.*)?",
+    "Z-Image": r"z[_-]?image.*",
+    "HunyuanImage 2.1": r"hunyuan[_-]?image([_-]?2.*)?",
+    "Anima": r"anima([_-].*)?",
 }
 # The width of the text that a U-Net's cross-attention reads tells which Stable Diffusion it is.
 _TEXT_WIDTHS = {768: "SD1.x", 1024: "SD2.x", 2048: "SDXL"}
@@ -83,9 +82,9 @@ class LoraFile:
     def base_model(self) -> str | None:
         """The family of models that it was trained on, ``"SD1.x"``, ``"SDXL"``, …; None where nothing tells."""
         for key in ("ss_base_model_version", "modelspec.architecture"):
-            told = self.metadata.get(key, "").lower()
-            for beginning, family in _BASE_MODELS.items():
-                if told.startswith(beginning):
+            told = self.metadata.get(key, "").lower().partition("/")[0].strip()
+            for family, words in _BASE_MODELS.items():
+                if re.fullmatch(words, told):
                     return family
         return self._base_model_of_its_names()
 

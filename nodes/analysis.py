@@ -23,18 +23,13 @@ from ..freq_loss_plugin.drawing import (
 )
 from ..freq_loss_plugin.loss import band_error_maps, frequency_matching_loss
 from ..freq_loss_plugin.spectra import band_boundary, compare_spectra, radial_power_spectrum
+from .formats import AUTO, SCALED, colors_of, format_input, latent_format, rgb, scaled
 from .inputs import (
-    AUTO,
-    SCALED,
     Work,
     band_options,
     describe_bands,
-    format_input,
-    format_name,
     in_node_words,
-    latent_format,
     pictures_of,
-    rgb,
     samples_of,
     shown,
 )
@@ -111,6 +106,7 @@ def _source(source: Any, vae: Any, format_choice: str, frame: int) -> tuple[Tens
         tensor = pictures_of(source, "source")
         return tensor, lambda pictures: pictures, "picture {3} × {2}".format(*tensor.shape)
     tensor, of_frames = samples_of(source, "source"), ""
+    chosen = latent_format(format_choice, tensor) if vae is None else None
     if tensor.ndim == 5:
         frames = tensor.shape[2]
         shown_frame = min(frame, frames - 1)
@@ -121,8 +117,7 @@ def _source(source: Any, vae: Any, format_choice: str, frame: int) -> tuple[Tens
     size = "latent {3} × {2}, {1} channels".format(*tensor.shape) + of_frames
     if decoded is not None:
         return tensor, lambda latents: _decoded(decoded(latents)), f"{size}, decoded"
-    chosen = latent_format(format_choice, tensor.shape[1])
-    return tensor, lambda latents: rgb(latents, chosen), f"{size}, colours: {format_name(chosen)}"
+    return tensor, lambda latents: rgb(latents, chosen), f"{size}, {colors_of(format_choice, chosen)}"
 
 
 def _decoded(image: Tensor) -> Tensor:
@@ -262,5 +257,4 @@ class BandLoss(io.ComfyNode):
 
 
 def _as_trained(samples: Tensor, format_choice: str) -> Tensor:
-    chosen = latent_format(format_choice, samples.shape[1])
-    return samples if chosen is None else chosen.process_in(samples)
+    return scaled(samples, latent_format(format_choice, samples))

@@ -11,15 +11,12 @@ from torch import Tensor
 from ..freq_loss_plugin.config import FreqLossConfig
 from ..freq_loss_plugin.drawing import contrast_factor, show_difference
 from ..freq_loss_plugin.shaping import merge_bands, scale_bands, split_bands
+from .formats import AUTO, colors_of, format_input, latent_format, rgb
 from .inputs import (
-    AUTO,
     band_options,
+    check_unpacked,
     describe_bands,
-    format_input,
-    format_name,
     in_node_words,
-    latent_format,
-    rgb,
     samples_of,
     shown,
     with_samples,
@@ -65,14 +62,14 @@ class BandSplit(io.ComfyNode):
         tensor = samples_of(samples, "samples")
         low, high = split_bands(tensor, config)
         strips, chosen, factor = _strips(tensor, low, latent_format)
-        text = f"{describe_bands(config)}\nhigh × {factor:g}, colours: {format_name(chosen)}"
+        text = f"{describe_bands(config)}\nhigh × {factor:g}, {colors_of(latent_format, chosen)}"
         return shown(cls, with_samples(samples, low), with_samples(samples, high), strips, pictures=strips, text=text)
 
 
 def _strips(tensor: Tensor, low: Tensor, name: str) -> tuple[Tensor, Any, float]:
     """IMAGE (B, H, 3·W, 3) of original, low and high; the format; the factor of the high band."""
     first, first_low = (each[:, :, 0] if each.ndim == 5 else each for each in (tensor, low))
-    chosen = latent_format(name, tensor.shape[1])
+    chosen = latent_format(name, tensor)
     original, structure = rgb(first, chosen), rgb(first_low, chosen)
     detail = original - structure
     factor = contrast_factor(detail)
@@ -146,6 +143,7 @@ class BandOperation(io.ComfyNode):
 
         @in_node_words
         def operation(latent: Tensor, **_: Any) -> Tensor:
+            check_unpacked(latent, "the latent")
             samples_of({"samples": latent}, "the latent")
             return scale_bands(latent, low_gain, high_gain, config)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..freq_loss_plugin.guidance import CLIP_KEY, replace_last_token, stored_mean
 from ..freq_loss_plugin.lora_info import LoraFileError
 from .inputs import shown
-from .lora import ReadsLora, header_of, lora_files
+from .lora_files import ReadsLora, header_of, lora_files
 from .schema import schema, widget
 
 NO_LORA = "none"

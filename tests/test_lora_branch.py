@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 
+import packed_layers
 import pytest
 import torch
-from torch.nn import Conv1d, Conv2d, Conv3d, GroupNorm, Linear, Sequential
+from torch.nn import Conv1d, Conv2d, Conv3d, Embedding, GroupNorm, Linear, Module, Parameter, Sequential
 
-from freq_loss_plugin.lora_branch import Bias, Dense, LowRank, attached, fits
+from freq_loss_plugin.lora_branch import Bias, Dense, LowRank, attached, fits, weight_shape
 
 R, SCALE, STRENGTH = 3, 0.7, -1.3
 LAYERS = {
@@ -116,9 +117,10 @@ def test_it_follows_the_dtype_of_the_input_and_lets_go():
         layer = Linear(6, 10).to(dtype)
         with attached({layer: [branch]}, 1.0):
             assert layer(torch.randn(2, 6, dtype=dtype)).dtype == dtype
-        assert branch._moved[0].dtype == dtype
+        ((down, up),) = branch._moved.values()
+        assert down.dtype == up.dtype == dtype
     branch.release()
-    assert branch._moved is None
+    assert not branch._moved
 
 
 def test_layers_that_a_branch_can_stand_beside():
@@ -127,3 +129,62 @@ def test_layers_that_a_branch_can_stand_beside():
     assert not fits(Conv2d(2, 2, 1, groups=2))
     assert not fits(GroupNorm(1, 2))
     assert not fits(Sequential())
+    assert not fits(Embedding(2, 2))
+    assert fits(packed_layers.GGMLLinear(Linear(64, 32)))
+    assert fits(packed_layers.NF4Linear(Linear(64, 32)))
+    assert not fits(packed_layers.UnknownLinear(Linear(64, 32)))
+
+
+def experts(dtype):
+    """Several layers in one, as ComfyUI has them for mixtures of experts."""
+    made = Module()
+    made.in_features, made.out_features = 6, 4
+    made.weight = Parameter(torch.zeros(3, 4, 6, dtype=dtype), requires_grad=False)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (Linear(6, 10), (10, 6)),
+        (Conv2d(6, 10, 3), (10, 6, 3, 3)),
+        (GroupNorm(1, 2), (2,)),
+        (packed_layers.GGMLLinear(Linear(64, 32)), (32, 64)),
+        (packed_layers.NF4Linear(Linear(64, 32)), (32, 64)),
+        (packed_layers.UnknownLinear(Linear(64, 32)), None),
+        (experts(torch.float32), (3, 4, 6)),
+        (experts(torch.uint8), None),
+        (Sequential(), None),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_the_shape_of_a_weight_that_may_be_packed(layer, shape):
+    assert weight_shape(layer) == shape
+
+
+def test_layers_of_experts_are_no_linear_layers():
+    assert not fits(experts(torch.float32))
+
+
+@torch.no_grad()
+def test_compiled_code_sees_the_branches_of_every_call_and_none_afterwards():
+    inner = Linear(6, 10)
+    model = torch.compile(Sequential(inner, torch.nn.ReLU()), backend="eager")
+    plain, x = Sequential(inner, torch.nn.ReLU()), torch.randn(3, 6)
+    branch = LowRank(torch.randn(10, R), torch.randn(R, 6), SCALE)
+    for strength in (1.0, 0.0, -0.5, 1.0):
+        with attached({inner: [branch]}, strength) as reached:
+            made, expected = model(x), plain(x)
+        assert torch.equal(made, expected)
+        assert reached == ({inner} if strength else set())
+        assert torch.equal(model(x), plain(x))
+
+
+@torch.no_grad()
+def test_layers_that_were_left_out_are_not_reached():
+    first, second = Linear(6, 10), Linear(6, 10)
+    branch = LowRank(torch.randn(10, R), torch.randn(R, 6), SCALE)
+    with attached({first: [branch], second: [branch]}, 1.0) as reached:
+        assert reached == set()
+        first(torch.randn(3, 6))
+        assert reached == {first}

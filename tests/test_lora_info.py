@@ -27,6 +27,10 @@ def kohya(width=768, rank=4, modules=(ATTENTION, TEXT), dtype=torch.float32):
     return weights
 
 
+# Nothing in these names tells the base model.
+NAMELESS = kohya(width=64, modules=["lora_unet_double_blocks_0_img_attn_qkv"])
+
+
 @pytest.fixture
 def written(tmp_path):
     def write(weights=None, metadata=None, name="lora.safetensors"):
@@ -80,7 +84,29 @@ def test_a_file_without_metadata_says_what_it_does_not_tell(written):
     [
         ({"ss_base_model_version": "sdxl_base_v1-0"}, kohya(), "SDXL"),
         ({"ss_base_model_version": "sd_v2_v"}, kohya(), "SD2.x"),
+        ({"ss_base_model_version": "sd_1.5"}, kohya(width=64), "SD1.x"),
         ({"ss_base_model_version": "flux1"}, kohya(), "FLUX.1"),
+        ({"ss_base_model_version": "flux"}, NAMELESS, "FLUX.1"),
+        ({"ss_base_model_version": "flux.1"}, NAMELESS, "FLUX.1"),
+        ({"ss_base_model_version": "flux_kontext"}, NAMELESS, "FLUX.1"),
+        ({"modelspec.architecture": "flux-1-dev/lora"}, NAMELESS, "FLUX.1"),
+        ({"modelspec.architecture": "Flux.1-schnell/lora"}, NAMELESS, "FLUX.1"),
+        ({"ss_base_model_version": "flux2-dev"}, NAMELESS, "FLUX.2"),
+        ({"ss_base_model_version": "flux2_klein_4b"}, NAMELESS, "FLUX.2"),
+        ({"ss_base_model_version": "flux_2_dev"}, NAMELESS, "FLUX.2"),
+        ({"modelspec.architecture": "flux-2-dev/lora"}, NAMELESS, "FLUX.2"),
+        ({"ss_base_model_version": "flux3"}, NAMELESS, None),
+        ({"ss_base_model_version": "flux-dev-2"}, NAMELESS, None),
+        ({"ss_base_model_version": "chroma"}, NAMELESS, "Chroma"),
+        ({"ss_base_model_version": "chroma_radiance"}, NAMELESS, None),
+        ({"modelspec.architecture": "lumina-2/lora"}, NAMELESS, "Lumina 2"),
+        ({"ss_base_model_version": "lumina_next"}, NAMELESS, None),
+        ({"ss_base_model_version": "z_image"}, NAMELESS, "Z-Image"),
+        ({"ss_base_model_version": "zimage"}, NAMELESS, "Z-Image"),
+        ({"modelspec.architecture": "hunyuan-image-2.1/lora"}, NAMELESS, "HunyuanImage 2.1"),
+        ({"ss_base_model_version": "hunyuan_video"}, NAMELESS, None),
+        ({"ss_base_model_version": "anima-preview"}, NAMELESS, "Anima"),
+        ({"ss_base_model_version": "animatediff"}, NAMELESS, None),
         ({"modelspec.architecture": "stable-diffusion-3-m/lora"}, kohya(), "SD3"),
         ({"ss_base_model_version": "something new"}, kohya(), "SD1.x"),
         (None, kohya(width=1024), "SD2.x"),
@@ -90,7 +116,7 @@ def test_a_file_without_metadata_says_what_it_does_not_tell(written):
         (None, kohya(modules=["lora_unet_joint_blocks_0_x_block_attn_qkv"]), "SD3"),
         (None, kohya(modules=["lora_unet_double_blocks_0_img_attn_qkv"]), None),
     ],
-    ids=str,
+    ids=lambda value: "weights" if "alpha" in str(value) else str(value),
 )
 def test_base_models(written, metadata, weights, family):
     assert read_lora(written(weights, metadata)).base_model == family

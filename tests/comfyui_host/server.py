@@ -63,6 +63,8 @@ class Server:
             "--database-url",
             "sqlite:///:memory:",
         ]
+        if frontend := os.environ.get("COMFYUI_FRONTEND"):  # another one than the environment has installed
+            command += ["--front-end-root", frontend]
         with self.log.open("w") as log:
             self._process = subprocess.Popen(
                 [*command, *options], cwd=self._comfyui, env=self._environment, stdout=log, stderr=subprocess.STDOUT

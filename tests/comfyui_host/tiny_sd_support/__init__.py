@@ -5,8 +5,10 @@ normalizations. One more supported model is given to it here, with the configura
 FREQ_LOSS_TINY_SD names. Nothing of the project's own nodes is in this pack.
 """
 
+import functools
 import json
 import os
+import sys
 from pathlib import Path
 
 import comfy.ops
@@ -14,8 +16,12 @@ import comfy.patcher_extension
 import comfy.sd
 import comfy.supported_models
 import comfy.supported_models_base
+import comfy.utils
 import torch
 from comfy import sd1_clip
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+import packed_layers
 
 
 class CountCalls:
@@ -40,7 +46,120 @@ class CountCalls:
         return (counted,)
 
 
-NODE_CLASS_MAPPINGS = {"TinySD_CountCalls": CountCalls}
+class AddSound:
+    """A latent with a second one for sound, as LTX-2 has them."""
+
+    RETURN_TYPES = ("LATENT",)
+    FUNCTION = "add"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):  # noqa: N802
+        return {"required": {"samples": ("LATENT",)}}
+
+    def add(self, samples):
+        from comfy.nested_tensor import NestedTensor  # 0.3.64 has none
+
+        video = samples["samples"]
+        return ({**samples, "samples": NestedTensor((video, video.new_zeros(len(video), 8, 30)))},)
+
+
+class FuseActivations:
+    """A model whose feed-forward layers go through core's `linear_input_act`, as those of Wan and LTX-Video do."""
+
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "fuse"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):  # noqa: N802
+        return {"required": {"model": ("MODEL",)}}
+
+    def fuse(self, model):
+        fused = model.clone()
+        for name, layer in model.model.named_modules():
+            if name.endswith(".ff.net"):
+                path = f"{name.removesuffix('.net')}.forward"
+                fused.add_object_patch(path, functools.partial(self.forward, layer))
+        return (fused,)
+
+    @staticmethod
+    def forward(net, x):
+        return comfy.ops.linear_input_act(net[2], net[0](x), "gelu_tanh")
+
+
+class Pack:
+    """A model whose transformers have linear layers of another pack; see `packed_layers`."""
+
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "pack"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):  # noqa: N802
+        return {"required": {"model": ("MODEL",), "kind": (list(packed_layers.KINDS),)}}
+
+    def pack(self, model, kind):
+        for name, layer in list(model.model.named_modules()):
+            if ".transformer_blocks." in name and isinstance(layer, torch.nn.Linear):
+                comfy.utils.set_attr(model.model, name, packed_layers.KINDS[kind](layer))
+        return (model.clone(),)
+
+
+class Copy:
+    """Predictions by a copy of the model, as ComfyUI 0.23 and newer spread them over several GPUs."""
+
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "copy"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):  # noqa: N802
+        return {"required": {"model": ("MODEL",)}}
+
+    def copy(self, model):
+        other = model.deepclone_multigpu()
+        other.model.current_patcher = other
+        spread = model.clone()
+        spread.model_options["multigpu_clones"] = {model.load_device: other}
+        return (spread,)
+
+
+class Attachments:
+    """What a model carries along, as a text."""
+
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+    FUNCTION = "show"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):  # noqa: N802
+        return {"required": {"model": ("MODEL",)}, "optional": {"clip": ("CLIP",)}}
+
+    def show(self, model, clip=None):
+        patchers = [model, *([clip.patcher] if clip else [])]
+        return {"ui": {"text": [json.dumps([each.attachments.get("lora_metadata") for each in patchers])]}}
+
+
+class Name:
+    """The name of a file, for another node's list."""
+
+    RETURN_TYPES = ("COMBO",)
+    FUNCTION = "give"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):  # noqa: N802
+        return {"required": {"name": ("STRING", {})}}
+
+    def give(self, name):
+        return (name,)
+
+
+NODE_CLASS_MAPPINGS = {
+    f"TinySD_{each.__name__}": each for each in (Copy, CountCalls, AddSound, FuseActivations, Pack, Attachments, Name)
+}
 
 _MODEL = Path(os.environ["FREQ_LOSS_TINY_SD"])
 
@@ -56,6 +175,13 @@ class Operations(comfy.ops.disable_weight_init):
     class GroupNorm(comfy.ops.disable_weight_init.GroupNorm):
         def __init__(self, num_groups, num_channels, **named):
             super().__init__(UNET["norm_num_groups"], num_channels, **named)
+
+
+def quantized_operations(config):
+    class Quantized(comfy.ops.mixed_precision_ops(config, torch.float32, full_precision_mm=True)):
+        GroupNorm = Operations.GroupNorm
+
+    return Quantized
 
 
 class NarrowTokenizer(sd1_clip.SD1Tokenizer):
@@ -86,6 +212,8 @@ class NarrowSD15(comfy.supported_models.SD15):
 
     def get_model(self, *arguments, **named):
         self.custom_operations = Operations
+        if getattr(self, "quant_config", None):
+            self.custom_operations = quantized_operations(self.quant_config)
         return super().get_model(*arguments, **named)
 
     def clip_target(self, state_dict=None):

@@ -1,0 +1,112 @@
+"""Latent formats in a real ComfyUI: which are offered, which is taken for a latent, and the colors it gives."""
+
+from __future__ import annotations
+
+import comfyui_prompts
+import pytest
+import torch
+from comfyui_prompts import BANDS, in_comfyui, latent
+
+pytestmark = [pytest.mark.host, pytest.mark.filterwarnings("default")]
+
+nodes = comfyui_prompts.nodes
+
+# Stored in people's workflows: this list changes only by addition.
+FROZEN = """SD1.x, SDXL, FLUX, SD3, Wan 2.1 / Qwen-Image, HunyuanVideo, HunyuanImage 2.1, Wan 2.2, LTX-Video, Mochi,
+Cosmos, Playground 2.5, Stable Cascade B, Stable Cascade C, pixel space""".replace("\n", " ").split(", ")
+NEWER = {"FLUX.2": "Flux2", "HunyuanVideo 1.5": "HunyuanVideo15", "LTX-2": "LTXAV", "MiniMax H3": "MiniMaxH3Video"}
+
+
+@pytest.fixture(scope="module")
+def formats():
+    """Label, class, channels and dimensions of every format offered; what auto takes; and core's classes."""
+    return in_comfyui(
+        """
+        import comfy.latent_formats
+        import numpy as np
+        import torch
+
+        formats = pack("formats")
+        made = {label: getattr(comfy.latent_formats, name)() for label, name in formats.FORMATS.items()}
+        offered = {
+            label: [type(each).__name__, each.latent_channels, each.latent_dimensions] for label, each in made.items()
+        }
+        auto = {}
+        for channels in (3, 4, 12, 16, 24, 32, 48, 64, 128, 7):
+            for size in ((2, channels, 4, 6), (2, channels, 3, 4, 6)):
+                chosen = formats.latent_format("auto", torch.zeros(size))
+                auto[f"{channels} {len(size)}-D"] = formats.colors_of("auto", chosen)
+        # What the preview shows of every format, against core's own previewer.
+        previews = {}
+        import latent_preview
+        for label, each in made.items():
+            if each.latent_rgb_factors is None:
+                continue
+            latents = torch.randn(1, each.latent_channels, 4, 6, generator=torch.Generator().manual_seed(0))
+            ours = formats.rgb(latents, each)
+            more = [each.latent_rgb_factors_reshape] if hasattr(each, "latent_rgb_factors_reshape") else []
+            theirs = latent_preview.Latent2RGBPreviewer(each.latent_rgb_factors, each.latent_rgb_factors_bias, *more)
+            scaled = formats.scaled(latents, each)
+            image = np.asarray(theirs.decode_latent_to_preview(scaled))
+            previews[label] = [float(abs(ours[0].permute(1, 2, 0).numpy() * 255 - image).max()), *ours.shape[-2:]]
+        core = [name for name in dir(comfy.latent_formats) if isinstance(getattr(comfy.latent_formats, name), type)]
+        answer = {"offered": offered, "auto": auto, "previews": previews, "core": core}
+        """
+    )
+
+
+def test_the_labels_of_workflows_stay_and_newer_formats_follow(formats):
+    labels = list(formats["offered"])
+    assert labels[: len(FROZEN)] == FROZEN
+    for label, name in NEWER.items():
+        assert (label in labels) == (name in formats["core"])
+    assert len({name for name, *_ in formats["offered"].values()}) == len(labels)
+    offered = [name for name, *_ in formats["offered"].values()]
+    assert not [name for name in offered if "Audio" in name or "Music" in name or "3D" in name or "Trellis" in name]
+    assert "HunyuanImage21Refiner" not in offered
+    assert not {"LatentFormat", "ZImagePixelSpace", "MiniMaxH3AV"} & set(offered)
+
+
+def test_auto_takes_images_for_images_and_video_for_video(formats):
+    auto, core = formats["auto"], formats["core"]
+    assert auto["4 4-D"] == "colors: SD1.x (guessed)"
+    assert auto["16 4-D"] == auto["16 5-D"] == "colors: FLUX (guessed)"
+    assert auto["64 4-D"] == "colors: HunyuanImage 2.1"
+    assert auto["48 5-D"] == "colors: Wan 2.2"
+    assert auto["7 4-D"] == "colors: mean of the channels"
+    if "Flux2" in core:
+        assert auto["128 4-D"] == "colors: FLUX.2 (guessed)"
+        assert auto["128 5-D"] == "colors: LTX-Video (guessed)"
+        assert auto["32 5-D"] == "colors: HunyuanVideo 1.5"
+
+
+def test_the_colors_are_those_of_cores_own_previews(formats):
+    for label, (difference, height, width) in formats["previews"].items():
+        assert difference <= 1, label
+        assert (height, width) == ((8, 12) if label == "FLUX.2" else (4, 6))
+
+
+def test_previews_of_images_and_video_by_every_format(nodes, formats):
+    calls = []
+    for label, (_, channels, dimensions) in formats["offered"].items():
+        for given in (latent(2, channels, 8, 16), latent(2, channels, 3, 8, 16)):
+            if dimensions == 2 and given["samples"].ndim == 5:
+                continue
+            calls.append(("FreqLoss_BandSplit", {"samples": given, **BANDS, "latent_format": label}))
+    for (_, inputs), (low, high, strips) in zip(calls, nodes(*calls), strict=True):
+        label = inputs["latent_format"]
+        assert strips.shape == ((2, 16, 96, 3) if label == "FLUX.2" else (2, 8, 48, 3)), label
+        torch.testing.assert_close(low["samples"] + high["samples"], inputs["samples"]["samples"], atol=1e-5, rtol=0)
+
+
+def test_the_loss_scales_images_by_video_formats(nodes):
+    """A single image of Wan 2.1 or Qwen-Image is what one frame of a video is."""
+    options = {"low_weight": 0.7, "high_weight": 0.3, "dist_match": 1.0, "reduction": "sum", **BANDS}
+    prediction, target = latent(1, 16, 8, 8), latent(1, 16, 8, 8)
+    video = [{"samples": each["samples"].unsqueeze(2)} for each in (prediction, target)]
+    calls = [
+        ("FreqLoss_BandLoss", {"prediction": a, "target": b, "latent_format": "Wan 2.1 / Qwen-Image", **options})
+        for a, b in ((prediction, target), video)
+    ]
+    image, frame = nodes(*calls)
+    assert image[:3] == pytest.approx(frame[:3], rel=1e-5)

@@ -1,0 +1,270 @@
+"""The tensors that nodes return, called in a real ComfyUI without its server, and what they say about bad input."""
+
+from __future__ import annotations
+
+import comfyui_prompts
+import pytest
+import torch
+from comfyui_prompts import BANDS, latent, sdxl_lora
+from safetensors.torch import save_file
+
+from freq_loss_plugin import FreqLossConfig, frequency_matching_loss, guidance
+from freq_loss_plugin.shaping import merge_bands, scale_bands, split_bands
+from freq_loss_plugin.spectra import compare_spectra
+
+pytestmark = [pytest.mark.host, pytest.mark.filterwarnings("default")]
+
+nodes = comfyui_prompts.nodes
+
+
+LATENTS = {
+    "SD, with a mask": latent(2, 4, 16, 24, noise_mask=torch.rand(2, 1, 16, 24), batch_index=[3, 4]),
+    "FLUX, half": latent(1, 16, 8, 8, dtype=torch.float16),
+    "bfloat16": latent(1, 4, 8, 8, dtype=torch.bfloat16),
+    "video": latent(1, 16, 5, 13, 8),
+    "odd": latent(3, 4, 17, 5),
+    "channels of no known format": latent(1, 7, 8, 8),
+    "as small as levels allow": latent(1, 4, 4, 4),
+}
+
+
+@pytest.mark.parametrize("options", [BANDS, {**BANDS, "method": "fft", "cutoff": 0.1}], ids=["wavelet", "fft"])
+def test_split_and_merge_are_the_functions_and_keep_what_the_latent_holds(nodes, options):
+    split = nodes(*(("FreqLoss_BandSplit", {"samples": given, **options}) for given in LATENTS.values()))
+    merged = nodes(
+        *(
+            ("FreqLoss_BandMerge", {"low": low, "high": high, "low_gain": 1.0, "high_gain": 1.0})
+            for low, high, _ in split
+        )
+    )
+    config = FreqLossConfig(**options)
+    for (name, given), (low, high, strip), (back,) in zip(LATENTS.items(), split, merged, strict=True):
+        expected = split_bands(given["samples"], config)
+        assert torch.equal(low["samples"], expected.low), name
+        assert torch.equal(high["samples"], expected.high), name
+        loose = {torch.float16: 4e-3, torch.bfloat16: 4e-2}.get(given["samples"].dtype, 1e-5)
+        torch.testing.assert_close(back["samples"], given["samples"], atol=loose, rtol=0, msg=name)
+        for made in (low, high, back):
+            assert made.keys() == given.keys(), name
+            for key in given.keys() - {"samples"}:
+                assert made[key] is not None
+                assert torch.equal(torch.as_tensor(made[key]), torch.as_tensor(given[key])), name
+        height, width = given["samples"].shape[-2:]
+        assert strip.shape == (len(given["samples"]), height, 3 * width, 3), name
+        assert 0 <= strip.min() <= strip.max() <= 1, name
+
+
+def test_merging_with_gains_and_with_one_band_for_a_whole_batch(nodes):
+    low, high = latent(3, 4, 8, 8), latent(1, 4, 8, 8, noise_mask=torch.ones(1, 8, 8))
+    gained, broadcast, refused = nodes(
+        ("FreqLoss_BandMerge", {"low": low, "high": low, "low_gain": 0.5, "high_gain": -2.0}),
+        ("FreqLoss_BandMerge", {"low": low, "high": high, "low_gain": 1.0, "high_gain": 1.0}),
+        ("FreqLoss_BandMerge", {"low": low, "high": latent(3, 4, 8, 9), "low_gain": 1.0, "high_gain": 1.0}),
+    )
+    torch.testing.assert_close(gained[0]["samples"], merge_bands(low["samples"], low["samples"], 0.5, -2.0))
+    torch.testing.assert_close(broadcast[0]["samples"], low["samples"] + high["samples"])
+    assert "noise_mask" in broadcast[0]
+    assert refused == "ValueError: low has shape (3, 4, 8, 8) and high (3, 4, 8, 9): expected the same shape"
+
+
+def test_the_operation_scales_bands_of_any_latent(nodes):
+    inputs = {"low_gain": 0.5, "high_gain": 2.0, **BANDS}
+    given = [each["samples"] for each in LATENTS.values()]
+    for latents, (made,) in zip(
+        given, nodes(*(("FreqLoss_BandOperation", inputs, latents) for latents in given)), strict=True
+    ):
+        assert torch.equal(made, scale_bands(latents, 0.5, 2.0, FreqLossConfig()))
+
+
+def test_the_operation_names_video_with_sound_inside_sampling(nodes):
+    inputs = {"low_gain": 0.5, "high_gain": 2.0, **BANDS}
+    (said,) = nodes(("FreqLoss_BandOperation", inputs, torch.zeros(1, 1, 3000)))
+    assert said.startswith(
+        "ValueError: the latent is video with sound (LTX-2, for instance), packed into a row of 3000"
+    )
+
+
+def test_the_loss_is_that_of_training(nodes):
+    """Against sd-scripts' scale of SD1.x, 0.18215, and FLUX' (z - 0.1159)·0.3611."""
+    options = {"low_weight": 0.6, "high_weight": 0.1, "dist_match": 0.5}
+    cases = {
+        "SD1.x": (latent(3, 4, 16, 24), latent(3, 4, 16, 24), 0.18215),
+        "FLUX": (latent(2, 16, 16, 8), latent(2, 16, 16, 8), 0.3611),
+        "none (already scaled)": (latent(2, 4, 3, 8, 8), latent(2, 4, 3, 8, 8), 1.0),
+    }
+    for reduction in ("sum", "mean"):
+        made = nodes(
+            *(
+                (
+                    "FreqLoss_BandLoss",
+                    {
+                        "prediction": prediction,
+                        "target": target,
+                        "latent_format": name,
+                        "reduction": reduction,
+                        **options,
+                        **BANDS,
+                    },
+                )
+                for name, (prediction, target, _) in cases.items()
+            )
+        )
+        for (prediction, target, scale), (low, high, total, error_map) in zip(cases.values(), made, strict=True):
+            expected = frequency_matching_loss(
+                prediction["samples"] * scale,
+                target["samples"] * scale,
+                prediction_type="sample",
+                timesteps=None,
+                config=FreqLossConfig(reduction=reduction, **options),
+            )
+            assert (low, high, total) == pytest.approx(
+                [float(each) for each in (expected.low, expected.high, expected.total)], rel=1e-4
+            )
+            assert error_map.ndim == 4
+
+
+def test_the_comparison_of_spectra_is_the_function(nodes):
+    a, b = torch.rand(3, 40, 32, 3), torch.rand(2, 33, 65, 4)
+    video = latent(1, 16, 4, 16, 16)
+    pictures, latents = nodes(
+        ("FreqLoss_SpectrumCompare", {"a": a, "b": b, **BANDS}),
+        ("FreqLoss_SpectrumCompare", {"a": video, "b": video, **BANDS}),
+    )
+    expected = compare_spectra(a.movedim(-1, 1), b.movedim(-1, 1)[:, :3], FreqLossConfig())
+    plot, table, distance = pictures
+    assert plot.shape[-1] == 3
+    assert table == expected.table()
+    assert distance == pytest.approx(expected.distance)
+    assert latents[2] == 0
+
+
+def test_sheets_of_pictures_and_latents_of_every_kind(nodes):
+    sources = [
+        torch.rand(2, 33, 65, 3),
+        torch.rand(1, 20, 20, 1),
+        torch.rand(1, 20, 20, 4),
+        torch.zeros(1, 16, 16, 3),
+        *LATENTS.values(),
+    ]
+    rest = {"latent_format": "auto", "frame": 99, "panel_size": 64, **BANDS}
+    made = nodes(*(("FreqLoss_BandPreview", {"source": source, **rest}) for source in sources))
+    for source, (sheets,) in zip(sources, made, strict=True):
+        count = len(source["samples"]) if isinstance(source, dict) else len(source)
+        assert sheets.shape[0] == count
+        assert sheets.shape[-1] == 3
+        assert sheets.std() > 0.1
+
+
+BAD = {
+    "too many levels": (
+        "FreqLoss_BandSplit",
+        {"samples": latent(1, 4, 10, 64), **BANDS, "levels": 4},
+        "ValueError: levels = 4: needs latents of at least 16 × 16, and these are 10 × 64 (pixels divided by the "
+        "factor of the VAE, usually 8); set levels = 3",
+    ),
+    "sound": (
+        "FreqLoss_BandSplit",
+        {"samples": latent(1, 64, 100), **BANDS},
+        "ValueError: samples has shape (1, 64, 100): expected 4 dimensions (B, C, H, W), or 5 (B, C, T, H, W)",
+    ),
+    "no tensor": (
+        "FreqLoss_BandSplit",
+        {"samples": {"samples": [1]}, **BANDS},
+        "ValueError: samples holds list: expected a LATENT of pictures or video",
+    ),
+    "whole numbers": (
+        "FreqLoss_BandSplit",
+        {"samples": {"samples": torch.zeros(1, 4, 8, 8, dtype=torch.int64)}, **BANDS},
+        "ValueError: samples has dtype torch.int64: expected a floating point tensor",
+    ),
+    "nothing": (
+        "FreqLoss_BandPreview",
+        {"source": torch.zeros(0, 8, 8, 3), "latent_format": "auto", "frame": 0, "panel_size": 64, **BANDS},
+        "ValueError: source has shape (0, 8, 8, 3) and is empty: expected at least one picture",
+    ),
+    "a mask": (
+        "FreqLoss_BandPreview",
+        {"source": torch.zeros(1, 8, 8), "latent_format": "auto", "frame": 0, "panel_size": 64, **BANDS},
+        "ValueError: source has shape (1, 8, 8): expected an IMAGE of shape (B, H, W, C)",
+    ),
+    "another format": (
+        "FreqLoss_BandSplit",
+        {"samples": latent(1, 4, 8, 8), **BANDS, "latent_format": "FLUX"},
+        "ValueError: latent_format FLUX has 16 channels, and this latent has 4; choose SD1.x or SDXL",
+    ),
+    "unknown wavelet": (
+        "FreqLoss_BandSplit",
+        {"samples": latent(1, 4, 8, 8), **BANDS, "wavelet": "db99"},
+        "ValueError: wavelet = 'db99': not a discrete wavelet of PyWavelets. Did you mean",
+    ),
+    "latents against pictures": (
+        "FreqLoss_SpectrumCompare",
+        {"a": torch.rand(1, 8, 8, 3), "b": latent(1, 4, 8, 8), **BANDS},
+        "ValueError: a is of type IMAGE and b of type LATENT",
+    ),
+    "latents of two models": (
+        "FreqLoss_SpectrumCompare",
+        {"a": latent(1, 16, 8, 8), "b": latent(1, 4, 8, 8), **BANDS},
+        "ValueError: A has 16 channels and B 4: expected the same number",
+    ),
+    "two batches": (
+        "FreqLoss_BandLoss",
+        {
+            "prediction": latent(2, 4, 8, 8),
+            "target": latent(3, 4, 8, 8),
+            "low_weight": 0.7,
+            "high_weight": 0.3,
+            "dist_match": 0.003,
+            "reduction": "sum",
+            "latent_format": "SD1.x",
+            **BANDS,
+        },
+        "ValueError: prediction has shape (2, 4, 8, 8) and target (3, 4, 8, 8): expected the same shape",
+    ),
+}
+
+
+def test_bad_input_is_told_in_the_words_of_the_node(nodes):
+    found = nodes(*((node, inputs) for node, inputs, _ in BAD.values()))
+    for (name, (_, _, words)), said in zip(BAD.items(), found, strict=True):
+        assert isinstance(said, str), name
+        assert said.startswith(words), name
+        assert "freq_loss_" not in said
+
+
+def guided_lora(file, mean, clip="clip@1"):
+    features = guidance.Features({}, clip, mean)
+    save_file(sdxl_lora(), file, guidance.file_metadata(8.0, features))
+
+
+def test_the_guidance_token_is_put_where_training_put_it(nodes):
+    mean, embeds = torch.randn(768), torch.randn(3, 768)
+    guided_lora(nodes.loras / "guided.safetensors", mean)
+    save_file(sdxl_lora(), nodes.loras / "plain.safetensors")
+    prompt = [[torch.randn(1, 77, 768), {"pooled_output": torch.ones(1)}], [torch.randn(2, 154, 768).half(), {}]]
+    image = {"image_embeds": embeds}
+    by_lora, by_image, half, nothing, both, unguided, wide = nodes(
+        ("FreqLoss_GuidanceToken", {"conditioning": prompt, "lora_name": "guided.safetensors", "strength": 1.0}),
+        ("FreqLoss_GuidanceToken", {"conditioning": prompt, "lora_name": "none", "strength": 1.0, "image": image}),
+        ("FreqLoss_GuidanceToken", {"conditioning": prompt, "lora_name": "guided.safetensors", "strength": 0.5}),
+        ("FreqLoss_GuidanceToken", {"conditioning": prompt, "lora_name": "none", "strength": 1.0}),
+        (
+            "FreqLoss_GuidanceToken",
+            {"conditioning": prompt, "lora_name": "guided.safetensors", "strength": 1.0, "image": image},
+        ),
+        ("FreqLoss_GuidanceToken", {"conditioning": prompt, "lora_name": "plain.safetensors", "strength": 1.0}),
+        (
+            "FreqLoss_GuidanceToken",
+            {"conditioning": [[torch.zeros(1, 77, 2048), {}]], "lora_name": "guided.safetensors", "strength": 1.0},
+        ),
+    )
+    for (made,), features in ((by_lora, mean), (by_image, embeds.mean(dim=0))):
+        for (states, rest), (before, kept) in zip(made, prompt, strict=True):
+            assert torch.equal(states[:, :-1], before[:, :-1])
+            torch.testing.assert_close(states[:, -1], features.to(before.dtype).expand(len(before), -1))
+            assert rest.keys() == kept.keys()
+    torch.testing.assert_close(half[0][0][0][:, -1], (prompt[0][0][:, -1] + mean) / 2)
+    assert nothing.startswith("ValueError: there are no features: connect image")
+    assert both.startswith("ValueError: both image and lora_name = guided.safetensors are given")
+    assert unguided.startswith("LoraFileError: plain.safetensors carries no mean of its training pictures")
+    assert wide.startswith("ValueError: the features are 768 wide, and this prompt's tokens 2048")
