@@ -3,29 +3,38 @@
 #
 #   tests/run.sh [pytest arguments]
 #
-# Where checkouts of the hosts are found ($SD_SCRIPTS_DIR and $COMFYUI_DIR, or ~/.cache/freq_loss_plugin/sd-scripts and
-# .../ComfyUI), their packages are installed, too, torchvision among them (several GB), and the tests that run in them
-# run. Those that need a browser look for chromium. PYTHON chooses the interpreter, VENV another place for the
-# environment.
+# For every checkout of a host (see tests/hosts.py), its packages are installed, too, torchvision among them (several
+# GB), and the tests that need it run in it. Those that need a browser look for chromium. PYTHON chooses the
+# interpreter, VENV another place for the environment.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 venv=${VENV:-.venv}
-sd_scripts=${SD_SCRIPTS_DIR:-$HOME/.cache/freq_loss_plugin/sd-scripts}
-comfyui=${COMFYUI_DIR:-$HOME/.cache/freq_loss_plugin/ComfyUI}
-
 [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
 install=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check)
-if [ -d "$sd_scripts" ]; then
+"${install[@]}" pytest
+sd_scripts=$("$venv/bin/python" tests/hosts.py sd-scripts)
+comfyui=$("$venv/bin/python" tests/hosts.py ComfyUI)
+
+if [ -n "$sd_scripts" ]; then
   "${install[@]}" torch torchvision
   "${install[@]}" -r tests/requirements-sd-scripts.txt
 fi
-if [ -d "$comfyui" ]; then
+if [ -n "$comfyui" ]; then
   "${install[@]}" torch torchvision torchaudio
-  "${install[@]}" -r "$comfyui/requirements.txt" -r tests/requirements-comfyui.txt
+  # The newest one's pins, and what the others need beside them.
+  { read -r newest; cat "$newest/requirements.txt"; while read -r older; do grep -v == "$older/requirements.txt"; done
+  } <<<"$comfyui" >"$venv/comfyui-requirements.txt"
+  "${install[@]}" -r "$venv/comfyui-requirements.txt" -r tests/requirements-comfyui.txt
+  # The pages are tested with the frontend that each pins and with the newest one.
+  while read -r checkout; do
+    frontend=$(grep ^comfyui-frontend-package== "$checkout/requirements.txt")
+    "${install[@]}" --no-deps --upgrade --target "$venv/frontends/${frontend#*==}" "$frontend"
+  done <<<"$comfyui"
+  "${install[@]}" --no-deps --upgrade --target "$venv/frontends/newest" comfyui-frontend-package
 fi
 "${install[@]}" --editable '.[test]'
 # Two processes, each with half of the threads: much of the time goes into programs that start and wait.
 cores=$("$venv/bin/python" -c "import os; print(os.cpu_count())")
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((cores + 1) / 2))}
-exec "$venv/bin/python" -m pytest --numprocesses 2 --dist loadfile "$@"
+exec "$venv/bin/python" tests/matrix.py "$@"

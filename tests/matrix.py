@@ -1,0 +1,131 @@
+"""Runs all tests with the newest checkout of each host, and those of a host once more with each of its others.
+
+    python tests/matrix.py [pytest arguments]
+
+One process cannot import two versions of a host, so each version has a pytest process of its own. ComfyUI has the
+frontend that it pins, and the tests in the browser are run again with the newest one (`tests/run.sh` installs both).
+The last lines say what ran, and which versions of README's compatibility table did not.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import hosts
+from hosts import COMFYUI, SD_SCRIPTS
+
+FRONTENDS = Path(sys.prefix) / "frontends"  # versions of comfyui-frontend-package, each in a folder of its own
+NOTHING_SELECTED = 5  # pytest's exit status where its arguments leave none of the tests of a run
+
+
+@dataclass(frozen=True)
+class Run:
+    """One call of pytest.
+
+    Attributes:
+        sd_scripts: the checkout to test with.
+        comfyui: the checkout to test with.
+        frontend: the folder of its frontend; None for the one that is installed beside ComfyUI's other packages.
+        marker: the tests to run; all where it is empty.
+    """
+
+    sd_scripts: Path | None = None
+    comfyui: Path | None = None
+    frontend: Path | None = None
+    marker: str = ""
+
+    @property
+    def title(self) -> str:
+        """What is tested, for people."""
+        parts = [SD_SCRIPTS.title(self.sd_scripts)] if self.sd_scripts else []
+        if self.comfyui:
+            parts.append(COMFYUI.title(self.comfyui))
+        if self.frontend:
+            parts[-1] += f" with frontend {_version(self.frontend)}"
+        return f"{self.marker or 'all'} tests: {', '.join(parts) or 'no host'}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables that `hosts` and the test server of ComfyUI read."""
+        static = self.frontend / "comfyui_frontend_package" / "static" if self.frontend else ""
+        checkouts = {SD_SCRIPTS.variable: self.sd_scripts, COMFYUI.variable: self.comfyui}
+        return {"COMFYUI_FRONTEND": str(static), **{name: str(path or "") for name, path in checkouts.items()}}
+
+    def command(self, arguments: Sequence[str]) -> list[str]:
+        """The command line, with the user's own arguments for pytest."""
+        # Runs with a marker are short and go two at a time; the one with all tests has both processes.
+        how = ["-m", self.marker, "-p", "no:cacheprovider"] if self.marker else ["--numprocesses=2", "--dist=loadfile"]
+        return [sys.executable, "-m", "pytest", *how, *arguments]
+
+
+def plan() -> list[Run]:
+    """All runs; the first one has all tests."""
+    sd_scripts, comfyui = SD_SCRIPTS.checkouts(), COMFYUI.checkouts()
+    pinned = {path: _frontend(hosts.pinned_frontend(path)) for path in comfyui}
+    newest = _frontend("newest")
+    first_comfyui = next(iter(comfyui), None)
+    return [
+        Run(next(iter(sd_scripts), None), first_comfyui, pinned.get(first_comfyui)),
+        *(Run(sd_scripts=path, marker="sd_scripts") for path in sd_scripts[1:]),
+        *(Run(comfyui=path, frontend=pinned[path], marker="comfyui") for path in comfyui[1:]),
+        *(Run(comfyui=path, frontend=newest, marker="browser") for path in comfyui if newest),
+    ]
+
+
+def main() -> int:
+    """Run the plan; the exit status is that of a failed run, or 0."""
+    first, *further = plan()
+    arguments = sys.argv[1:]
+    results = [_run(first, arguments)]
+    with ThreadPoolExecutor(max_workers=2) as two_at_a_time:
+        results += two_at_a_time.map(lambda run: _run(run, arguments), further)
+    print("\nwhat ran:")
+    for run, (status, summary) in zip([first, *further], results, strict=True):
+        print(f"  {'FAILED: ' if status else ''}{run.title}: {summary}")
+    for version in (*SD_SCRIPTS.not_found(), *COMFYUI.not_found()):
+        print(f"  not run: {version}, of which there is no checkout")
+    return next((status for status, _ in results if status), 0)
+
+
+def _run(run: Run, arguments: Sequence[str]) -> tuple[int, str]:
+    """pytest's exit status and last line. Its output is shown as it comes, or, where two run, at the end."""
+    begin = time.monotonic()
+    environment = {**os.environ, **run.environment}
+    at_once = not run.marker
+    if at_once:
+        print(f"\n=== {run.title}", flush=True)
+    lines = []
+    with subprocess.Popen(
+        run.command(arguments), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line)
+            if at_once:
+                print(line, end="", flush=True)
+    if not at_once:
+        print(f"\n=== {run.title}\n{''.join(lines)}", end="", flush=True)
+    status = 0 if process.returncode == NOTHING_SELECTED else process.returncode
+    summary = lines[-1].strip("= \n")
+    return status, f"{summary} ({time.monotonic() - begin:.0f} s in all)"
+
+
+def _frontend(name: str) -> Path | None:
+    return FRONTENDS / name if (FRONTENDS / name).is_dir() else None
+
+
+def _version(frontend: Path) -> str:
+    """The version of the package in this folder, as pip wrote it down."""
+    return next(iter(importlib.metadata.distributions(path=[str(frontend)]))).version
+
+
+if __name__ == "__main__":
+    sys.exit(main())
