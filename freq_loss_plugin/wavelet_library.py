@@ -3,8 +3,8 @@
 pytorch_wavelets 1.3.0 runs ``from pkg_resources import resource_stream`` while it is imported. The name is only used to
 read the dual-tree coefficients, which this project never asks for, but without it the whole package fails to import,
 and it often is missing: setuptools 81 and newer no longer ship ``pkg_resources``, older ones raise AttributeError on
-Python 3.12 and newer, and other ComfyUI packs leave an empty module of that name behind. `load` therefore puts a working
-``resource_stream`` in its place for the length of that one import, and puts back whatever was there.
+Python 3.12 and newer, and other ComfyUI packs leave an empty module of that name behind. `load` therefore puts a
+working ``resource_stream`` in its place for the length of that one import, and puts back whatever was there.
 """
 
 from __future__ import annotations

@@ -22,7 +22,8 @@ from pathlib import Path
 import hosts
 from hosts import COMFYUI, SD_SCRIPTS
 
-FRONTENDS = Path(sys.prefix) / "frontends"  # versions of comfyui-frontend-package, each in a folder of its own
+# Versions of comfyui-frontend-package, each in a folder of its own; those that a ComfyUI pins with its templates.
+FRONTENDS = Path(sys.prefix) / "frontends"
 NOTHING_SELECTED = 5  # pytest's exit status where its arguments leave none of the tests of a run
 
 
@@ -33,12 +34,14 @@ class Run:
     Attributes:
         sd_scripts: the checkout to test with.
         comfyui: the checkout to test with.
-        frontend: the folder of its frontend; None for the one that is installed beside ComfyUI's other packages.
+        packages: the folder of the frontend and the templates that it pins; None for those that are installed.
+        frontend: the folder of another frontend.
         marker: the tests to run; all where it is empty.
     """
 
     sd_scripts: Path | None = None
     comfyui: Path | None = None
+    packages: Path | None = None
     frontend: Path | None = None
     marker: str = ""
 
@@ -48,16 +51,21 @@ class Run:
         parts = [SD_SCRIPTS.title(self.sd_scripts)] if self.sd_scripts else []
         if self.comfyui:
             parts.append(COMFYUI.title(self.comfyui))
-        if self.frontend:
-            parts[-1] += f" with frontend {_version(self.frontend)}"
+        frontend = self.frontend or self.packages
+        if frontend:
+            parts[-1] += f" with frontend {_version(frontend)}"
         return f"{self.marker or 'all'} tests: {', '.join(parts) or 'no host'}"
 
     @property
     def environment(self) -> dict[str, str]:
         """The variables that `hosts` and the test server of ComfyUI read."""
-        static = self.frontend / "comfyui_frontend_package" / "static" if self.frontend else ""
-        checkouts = {SD_SCRIPTS.variable: self.sd_scripts, COMFYUI.variable: self.comfyui}
-        return {"COMFYUI_FRONTEND": str(static), **{name: str(path or "") for name, path in checkouts.items()}}
+        paths = {
+            SD_SCRIPTS.variable: self.sd_scripts,
+            COMFYUI.variable: self.comfyui,
+            "PYTHONPATH": self.packages,
+            "COMFYUI_FRONTEND": self.frontend and self.frontend / "comfyui_frontend_package" / "static",
+        }
+        return {name: str(path or "") for name, path in paths.items()}
 
     def command(self, arguments: Sequence[str]) -> list[str]:
         """The command line, with the user's own arguments for pytest."""
@@ -75,8 +83,8 @@ def plan() -> list[Run]:
     return [
         Run(next(iter(sd_scripts), None), first_comfyui, pinned.get(first_comfyui)),
         *(Run(sd_scripts=path, marker="sd_scripts") for path in sd_scripts[1:]),
-        *(Run(comfyui=path, frontend=pinned[path], marker="comfyui") for path in comfyui[1:]),
-        *(Run(comfyui=path, frontend=newest, marker="browser") for path in comfyui if newest),
+        *(Run(comfyui=path, packages=pinned[path], marker="comfyui") for path in comfyui[1:]),
+        *(Run(comfyui=path, packages=pinned[path], frontend=newest, marker="browser") for path in comfyui if newest),
     ]
 
 

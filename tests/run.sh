@@ -26,10 +26,12 @@ if [ -n "$comfyui" ]; then
   { read -r newest; cat "$newest/requirements.txt"; while read -r older; do grep -v == "$older/requirements.txt"; done
   } <<<"$comfyui" >"$venv/comfyui-requirements.txt"
   "${install[@]}" -r "$venv/comfyui-requirements.txt" -r tests/requirements-comfyui.txt
-  # The pages are tested with the frontend that each pins and with the newest one.
+  # The pages are tested with the frontend that each pins, with the templates that it pins, and with the newest one.
   while read -r checkout; do
-    frontend=$(grep ^comfyui-frontend-package== "$checkout/requirements.txt")
-    "${install[@]}" --no-deps --upgrade --target "$venv/frontends/${frontend#*==}" "$frontend"
+    pinned=$(grep -E "^comfyui-(frontend-package|workflow-templates)==" "$checkout/requirements.txt")
+    frontend=$(grep frontend <<<"$pinned")
+    # shellcheck disable=SC2086
+    "${install[@]}" --no-deps --upgrade --target "$venv/frontends/${frontend#*==}" $pinned
   done <<<"$comfyui"
   "${install[@]}" --no-deps --upgrade --target "$venv/frontends/newest" comfyui-frontend-package
 fi

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from freq_loss_plugin import FreqLossConfig
 from freq_loss_plugin.shaping import split_bands
 
-pytestmark = [pytest.mark.host, pytest.mark.filterwarnings("default")]
+pytestmark = [pytest.mark.comfyui, pytest.mark.filterwarnings("default")]
 
 sample = comfyui_prompts.sample
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))

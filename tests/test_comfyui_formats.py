@@ -7,7 +7,7 @@ import pytest
 import torch
 from comfyui_prompts import BANDS, in_comfyui, latent
 
-pytestmark = [pytest.mark.host, pytest.mark.filterwarnings("default")]
+pytestmark = [pytest.mark.comfyui, pytest.mark.filterwarnings("default")]
 
 nodes = comfyui_prompts.nodes
 

@@ -106,7 +106,7 @@ def test_names_in_help_pages_are_names_of_nodes(language):
             assert bold in names or not difflib.get_close_matches(bold, names, cutoff=0.7), (node, bold)
 
 
-@pytest.mark.host
+@pytest.mark.comfyui
 def test_the_english_texts_are_those_of_the_nodes(comfyui_server):
     assert node_texts.texts("en") == node_texts.english(comfyui_server.get("/object_info"))
 
@@ -169,7 +169,7 @@ def linked(folder):
     return folder
 
 
-@pytest.mark.host
+@pytest.mark.comfyui
 def test_the_managers_command_line_installs_it_from_a_git_address(tmp_path):
     """Into a copy of ComfyUI; the address is mapped to a folder by git's own configuration."""
     comfyui = hosts.comfyui()
@@ -217,7 +217,7 @@ def test_the_managers_command_line_installs_it_from_a_git_address(tmp_path):
     torch.testing.assert_close(low["samples"] + high["samples"], SPLIT[1]["samples"]["samples"])
 
 
-@pytest.mark.host
+@pytest.mark.comfyui
 def test_without_its_packages_the_pack_works_in_part_and_says_what_is_missing(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\nfor name in ('matplotlib', 'pytorch_wavelets'): sys.modules[name] = None\n"
@@ -250,7 +250,7 @@ def load_the_pack(): return asyncio.run(nodes.load_custom_node({str(pack)!r}))
     return done.stdout.splitlines()
 
 
-@pytest.mark.host
+@pytest.mark.comfyui
 def test_importing_the_pack_brings_in_nothing_heavy_and_changes_nothing(tmp_path):
     code = f"""
 import os, socket
@@ -265,7 +265,7 @@ print(sorted({{name.split(".")[0] for name in set(sys.modules) - before}}))
     assert not imported & {"matplotlib", "diffusers", "peft", "accelerate", "transformers", "kohya_patch", "toml"}
 
 
-@pytest.mark.host
+@pytest.mark.comfyui
 def test_keywords_of_newer_cores_are_passed_on_where_known_and_others_are_mistakes(tmp_path):
     code = """
 import dataclasses
@@ -295,7 +295,7 @@ except TypeError as error:
     assert "catgory" in mistake
 
 
-@pytest.mark.host
+@pytest.mark.comfyui
 def test_the_server_says_nothing_against_the_pack(comfyui_server):
     log = comfyui_server.log.read_text()
     assert "IMPORT FAILED" not in log
@@ -306,7 +306,7 @@ def test_the_server_says_nothing_against_the_pack(comfyui_server):
 # -- what the program serves, and what a browser shows -----------------------------------------------------------------
 
 
-@pytest.mark.host
+@pytest.mark.comfyui
 @pytest.mark.parametrize("language", node_texts.LANGUAGES)
 def test_help_pages_and_translations_are_served(comfyui_server, language):
     from server import PACK_NAME
@@ -317,7 +317,7 @@ def test_help_pages_and_translations_are_served(comfyui_server, language):
         assert served == node_texts.page(node, language).read_bytes()
 
 
-@pytest.mark.host
+@pytest.mark.comfyui
 def test_workflows_are_served_as_templates(comfyui_server):
     from server import PACK_NAME
 
@@ -326,59 +326,3 @@ def test_workflows_are_served_as_templates(comfyui_server):
         for ending in (".json", ".jpg"):
             address = f"/api/workflow_templates/{PACK_NAME}/{file.stem}{ending}"
             assert comfyui_server.read(address) == file.with_suffix(ending).read_bytes()
-
-
-@pytest.fixture(scope="module")
-def page(comfyui_server):
-    """The program in a browser, in Japanese: whatever is not translated shows."""
-    if importlib.util.find_spec("playwright") is None:
-        pytest.skip("no browser: playwright is missing; run tests/run.sh")
-    from browser import chromium, open_page
-
-    if chromium() is None:
-        pytest.skip("no browser: install chromium")
-    with open_page(comfyui_server, "ja") as opened:
-        opened.errors.clear()  # what the program itself does while it starts
-        yield opened
-
-
-@pytest.mark.host
-@pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)
-def test_a_browser_opens_every_workflow_without_missing_nodes_or_errors(page, file):
-    workflow = json.loads(file.read_text(encoding="utf-8"))
-    assert page.load(workflow, file.stem) == []
-    assert page.errors == []
-    japanese = node_texts.texts("ja")
-    shown = page.page.evaluate(
-        "() => app.graph._nodes.map(n => [n.type, n.title, (n.widgets ?? []).map(w => w.label ?? w.name)])"
-    )
-    assert len(shown) == len(workflow["nodes"])
-    for (kind, title, labels), stored in zip(
-        sorted(shown), sorted([node["type"], node.get("title")] for node in workflow["nodes"]), strict=True
-    ):
-        assert kind == stored[0]
-        if kind in japanese:
-            names = {entry["name"] for entry in japanese[kind]["inputs"].values()}
-            assert {label for label in labels if label} <= names, kind
-            assert title
-
-
-@pytest.mark.host
-def test_a_missing_node_would_be_seen(page):
-    unknown = {"id": 1, "type": "FreqLoss_Nowhere", "pos": [0, 0], "size": [100, 50], "inputs": [], "outputs": []}
-    workflow = {"last_node_id": 1, "last_link_id": 0, "nodes": [unknown], "links": [], "groups": [], "version": 0.4}
-    assert page.load(workflow) == ["FreqLoss_Nowhere"]
-
-
-@pytest.mark.host
-def test_the_browser_runs_a_workflow_and_shows_its_texts_and_pictures(page):
-    page.load(json.loads(WORKFLOWS[1].read_text(encoding="utf-8")), "run")
-    page.run()
-    pictures, texts = page.page.evaluate(
-        """() => { const node = app.graph._nodes.find(n => n.type === 'FreqLoss_BandSplit');
-           return [(node.imgs ?? []).map(i => [i.naturalWidth, i.naturalHeight]),
-                   (node.widgets ?? []).map(w => String(w.value))] }"""
-    )
-    assert pictures == [[3 * 768, 768]]
-    assert any("wavelet db3, 2 levels" in text for text in texts)
-    assert page.errors == []

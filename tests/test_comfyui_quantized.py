@@ -13,7 +13,7 @@ import torch
 from comfyui_prompts import CHECKPOINT, TESTS, core, gate, loader, node, other_kind, sampling
 from safetensors.torch import save_file
 
-pytestmark = [pytest.mark.host, pytest.mark.filterwarnings("default")]
+pytestmark = [pytest.mark.comfyui, pytest.mark.filterwarnings("default")]
 
 sample = comfyui_prompts.sample
 

@@ -12,7 +12,7 @@ from freq_loss_plugin import FreqLossConfig, frequency_matching_loss, guidance
 from freq_loss_plugin.shaping import merge_bands, scale_bands, split_bands
 from freq_loss_plugin.spectra import compare_spectra
 
-pytestmark = [pytest.mark.host, pytest.mark.filterwarnings("default")]
+pytestmark = [pytest.mark.comfyui, pytest.mark.filterwarnings("default")]
 
 nodes = comfyui_prompts.nodes
 

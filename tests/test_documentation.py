@@ -77,7 +77,7 @@ def test_the_sd15_example_has_the_values_of_the_first_description():
     assert FreqLossConfig.from_mapping({"freq_loss": config["freq_loss"]}) == FreqLossConfig()
 
 
-@pytest.mark.host
+@pytest.mark.sd_scripts
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_use_no_key_that_their_trainer_does_not_know(example, monkeypatch):

@@ -121,7 +121,7 @@ def predicted(script, host, trained, inputs, result):
     return torch.load(result)
 
 
-@pytest.mark.host
+@pytest.mark.sd_scripts
 def test_sd_scripts_own_network_module_loads_the_lora(trained, inputs, tmp_path):
     host = hosts.sd_scripts()
     file, before, after = inputs
@@ -132,7 +132,7 @@ def test_sd_scripts_own_network_module_loads_the_lora(trained, inputs, tmp_path)
     torch.testing.assert_close(found["prediction"], after, atol=2e-5, rtol=0)
 
 
-@pytest.mark.host
+@pytest.mark.comfyui
 def test_comfyuis_own_loader_applies_the_lora(trained, inputs, tmp_path):
     host = hosts.comfyui()
     file, before, after = inputs
@@ -143,7 +143,7 @@ def test_comfyuis_own_loader_applies_the_lora(trained, inputs, tmp_path):
     torch.testing.assert_close(found["prediction"], after, atol=2e-5, rtol=0)
 
 
-@pytest.mark.host
+@pytest.mark.sd_scripts
 def test_the_real_sd_scripts_trains_the_embedded_model_with_the_engines_toml(trained, tmp_path, monkeypatch):
     host = hosts.sd_scripts()
     monkeypatch.syspath_prepend(str(TESTS / "sd_scripts_host"))
@@ -161,7 +161,7 @@ def test_the_real_sd_scripts_trains_the_embedded_model_with_the_engines_toml(tra
     assert FreqLossConfig().metadata().keys() <= run.metadata.keys()
 
 
-@pytest.mark.host
+@pytest.mark.sd_scripts
 def test_a_single_safetensors_file_is_the_same_model(trained, tmp_path, monkeypatch):
     """Converted by sd-scripts. Its configuration comes from the Hub, which is a cache folder here."""
     host = hosts.sd_scripts()

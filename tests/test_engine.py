@@ -235,7 +235,7 @@ def test_pixels_cover_the_size_and_are_cropped_at_the_centre(tmp_path):
     assert pixels[0, :, :4].min() > 0.9
 
 
-@pytest.mark.host
+@pytest.mark.sd_scripts
 def test_buckets_are_those_of_sd_scripts(configure, monkeypatch):
     import hosts
 

@@ -44,8 +44,20 @@ class Page:
         page.on("pageerror", lambda error: self.errors.append(f"{error}\n{error.stack}"))
         page.on("response", lambda answer: self.failed.append(answer.url) if answer.status >= 400 else None)
         page.goto(server.address)
-        page.wait_for_function("window.app?.graph && window.app.extensionManager?.workflow", timeout=60_000)
-        page.wait_for_timeout(1500)
+        self._wait()
+
+    def reload(self) -> None:
+        """Load the page anew, as a user does with F5; the workflow that was open opens again, where that is set."""
+        self.page.reload()
+        self._wait()
+
+    def texts(self, kind: str) -> list[str]:
+        """What can be read in the text fields of the nodes of this type."""
+        return self.page.evaluate(
+            """(kind) => app.graph._nodes.filter(n => n.type === kind).flatMap(n => n.widgets ?? [])
+               .map(w => w.element).filter(e => e?.tagName === 'TEXTAREA' && e.checkVisibility()).map(e => e.value)""",
+            kind,
+        )
 
     def load(self, workflow: dict[str, Any], name: str = "workflow") -> list[str]:
         """Open a workflow; the types of its nodes that are unknown here."""
@@ -74,6 +86,10 @@ class Page:
             raise TimeoutError(f"the workflow did not finish in {patience} s")
         self.page.wait_for_timeout(1500)
 
+    def _wait(self) -> None:
+        self.page.wait_for_function("window.app?.graph && window.app.extensionManager?.workflow", timeout=60_000)
+        self.page.wait_for_timeout(1500)
+
     def fit(self, file: Path, width: int = 1600, margin: int = 30) -> None:
         """A picture of the whole workflow, ``width`` pixels wide, without the program's own frame."""
         left, top, wide, high = self.page.evaluate(
@@ -100,13 +116,15 @@ class Page:
 
 
 @contextlib.contextmanager
-def open_page(server: Server, locale: str = "en", size: tuple[int, int] = (1600, 1000)) -> Iterator[Page]:
-    """A page in the given language; the window closes at the end."""
+def open_page(
+    server: Server, locale: str = "en", size: tuple[int, int] = (1600, 1000), **settings: Any
+) -> Iterator[Page]:
+    """A page in the given language, with further settings of ComfyUI's; the window closes at the end."""
     from playwright.sync_api import sync_playwright
 
     request = urllib.request.Request(
         f"{server.address}/settings",
-        json.dumps({**_SETTINGS, "Comfy.Locale": locale}).encode(),
+        json.dumps({**_SETTINGS, "Comfy.VueNodes.Enabled": False, "Comfy.Locale": locale, **settings}).encode(),
         {"Content-Type": "application/json"},
     )
     urllib.request.urlopen(request).read()

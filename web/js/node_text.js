@@ -9,8 +9,8 @@ import { app } from "../../../scripts/app.js";
 const PREFIX = "FreqLoss_"; // the ids of this pack's nodes
 const WIDGET = "freq_loss_text";
 const STORED = "FreqLoss.texts";
-const LINE = 15; // pixels, for a font of 10 pixels
-const CHARACTER = 5.5;
+const LINE = 12; // pixels, at the font size of 10 pixels
+const CHARACTER = 6;
 const MOST_LINES = 12; // of a text that is longer, the rest is scrolled
 
 /** Show the text of a node's output; without one, as for a cached node without outputs, the last text stays. */
@@ -19,7 +19,7 @@ function show(node, output) {
   if (!text) return;
   const widget = node.widgets?.find((each) => each.name === WIDGET) ?? addWidget(node);
   widget.value = text;
-  widget.element.rows = Math.min(lines(node, text), MOST_LINES); // the height in Vue nodes
+  widget.element.rows = Math.min(lineCount(node, text), MOST_LINES); // the height in Vue nodes
   node.setDirtyCanvas(true, true);
 }
 
@@ -35,7 +35,7 @@ function addWidget(node) {
     event.preventDefault();
     app.canvas.processMouseWheel(event);
   });
-  const height = (most) => 2 * 10 + 6 + LINE * Math.min(lines(node, element.value), most);
+  const height = (most) => 2 * 10 + 6 + LINE * Math.min(lineCount(node, element.value), most);
   const widget = node.addDOMWidget(WIDGET, WIDGET, element, {
     getValue: () => element.value,
     setValue: (value) => (element.value = value),
@@ -50,13 +50,13 @@ function addWidget(node) {
 }
 
 /** How many lines a text has at the node's width, roughly. */
-function lines(node, text) {
+function lineCount(node, text) {
   const width = Math.max(20, (node.size[0] - 30) / CHARACTER);
   return text.split("\n").reduce((count, line) => count + Math.max(1, Math.ceil(line.length / width)), 0);
 }
 
 /** This pack's nodes, by the names that the page has for them: ID, or SUBGRAPH:ID. */
-function* ours() {
+function* ownNodes() {
   const root = app.rootGraph ?? app.graph;
   for (const graph of [root, ...(root?.subgraphs?.values() ?? [])])
     for (const node of graph?.nodes ?? [])
@@ -64,14 +64,14 @@ function* ours() {
 }
 
 function showAll(outputs) {
-  for (const [name, node] of ours()) show(node, outputs?.[name]);
+  for (const [name, node] of ownNodes()) show(node, outputs?.[name]);
 }
 
 // Texts are kept over a reload of the page, but not in the workflow: there, each would be a change that can be undone, and
 // pictures would carry the text of the job before theirs.
 addEventListener("pagehide", () => {
   const outputs = {};
-  for (const [name, node] of ours()) {
+  for (const [name, node] of ownNodes()) {
     const widget = node.widgets?.find((each) => each.name === WIDGET);
     if (widget) outputs[name] = { text: [widget.value] };
   }
@@ -79,7 +79,7 @@ addEventListener("pagehide", () => {
 });
 
 app.registerExtension({
-  name: "FreqLoss.NodeText",
+  name: "freqlossfrequencybandsandloras.NodeText",
 
   beforeRegisterNodeDef(nodeType, nodeData) {
     if (!nodeData.name.startsWith(PREFIX)) return;

@@ -1,0 +1,136 @@
+"""The pack in ComfyUI's page: every workflow opens, and what a node has to say stays readable."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+sys.path.insert(0, str(TESTS / "comfyui_host"))
+
+import node_texts  # noqa: E402
+
+WORKFLOWS = sorted((TESTS.parent / "example_workflows").glob("*.json"))
+LORAS = {"FreqLoss_LoraLoader": "applied: 204 of 204 modules", "FreqLoss_LoraBandGate": "model calls in each step"}
+BANDS = {"FreqLoss_BandSplit": "wavelet db3, 2 levels"}
+SHORT = {"width": 128, "height": 128, "steps": 2}
+
+pytestmark = [pytest.mark.comfyui, pytest.mark.browser]
+
+
+@pytest.fixture(scope="module")
+def open_page(comfyui_server):
+    """Opens the server's page with settings."""
+    if importlib.util.find_spec("playwright") is None:
+        pytest.skip("no browser: playwright is missing; run tests/run.sh")
+    import browser
+
+    if browser.chromium() is None:
+        pytest.skip("no browser: install chromium")
+    return lambda *arguments, **settings: browser.open_page(comfyui_server, *arguments, **settings)
+
+
+@pytest.fixture
+def page(open_page):
+    """The program in a browser, in Japanese: whatever is not translated shows."""
+    with open_page("ja") as opened:
+        opened.errors.clear()  # what the program itself does while it starts
+        yield opened
+
+
+@pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)
+def test_a_browser_opens_every_workflow_without_missing_nodes_or_errors(page, file):
+    workflow = json.loads(file.read_text(encoding="utf-8"))
+    assert page.load(workflow, file.stem) == []
+    assert page.errors == []
+    japanese = node_texts.texts("ja")
+    shown = page.page.evaluate(
+        "() => app.graph._nodes.map(n => [n.type, n.title, (n.widgets ?? []).map(w => w.label ?? w.name)])"
+    )
+    assert len(shown) == len(workflow["nodes"])
+    for (kind, title, labels), stored in zip(
+        sorted(shown), sorted([node["type"], node.get("title")] for node in workflow["nodes"]), strict=True
+    ):
+        assert kind == stored[0]
+        if kind in japanese:
+            names = {entry["name"] for entry in japanese[kind]["inputs"].values()}
+            assert {label for label in labels if label} <= names, kind
+            assert title
+
+
+def test_a_missing_node_would_be_seen(page):
+    unknown = {"id": 1, "type": "FreqLoss_Nowhere", "pos": [0, 0], "size": [100, 50], "inputs": [], "outputs": []}
+    workflow = {"last_node_id": 1, "last_link_id": 0, "nodes": [unknown], "links": [], "groups": [], "version": 0.4}
+    assert page.load(workflow) == ["FreqLoss_Nowhere"]
+
+
+def test_the_browser_runs_a_workflow_and_shows_its_texts_and_pictures(page):
+    page.load(json.loads(WORKFLOWS[1].read_text(encoding="utf-8")), "run")
+    page.run()
+    pictures, texts = page.page.evaluate(
+        """() => { const node = app.graph._nodes.find(n => n.type === 'FreqLoss_BandSplit');
+           return [(node.imgs ?? []).map(i => [i.naturalWidth, i.naturalHeight]),
+                   (node.widgets ?? []).map(w => String(w.value))] }"""
+    )
+    assert pictures == [[3 * 768, 768]]
+    assert any("wavelet db3, 2 levels" in text for text in texts)
+    assert page.errors == []
+
+
+def assert_texts(page, expected):
+    for kind, words in expected.items():
+        texts = page.texts(kind)
+        assert texts, kind
+        assert all(words in text for text in texts), (kind, texts)
+
+
+def open_workflow(page, number):
+    file = WORKFLOWS[number - 1]
+    page.load(json.loads(file.read_text(encoding="utf-8")), file.stem)
+    page.set(SHORT)
+
+
+@pytest.mark.parametrize("rendering", ["LiteGraph", "Vue"])
+def test_texts_stay_after_a_job_with_cached_nodes_and_over_a_reload(open_page, rendering):
+    settings = {"Comfy.VueNodes.Enabled": rendering == "Vue", "Comfy.Workflow.Persist": True}
+    with open_page(**settings) as page:
+        if rendering == "Vue" and not page.page.evaluate("() => 'vueNodesMode' in LiteGraph"):
+            pytest.skip("this frontend has no Vue nodes")
+        page.errors.clear()
+        for number, expected in ((2, BANDS), (4, {"FreqLoss_LoraLoader": LORAS["FreqLoss_LoraLoader"]})):
+            open_workflow(page, number)
+            page.run()
+            page.page.wait_for_timeout(10_000)
+            assert_texts(page, expected)
+            page.run()  # everything is cached
+            page.page.wait_for_timeout(1000)
+            assert_texts(page, expected)
+        page.reload()
+        page.page.wait_for_timeout(1000)
+        assert_texts(page, expected)
+        assert page.errors == []
+
+
+def test_the_gate_says_what_it_does(page):
+    open_workflow(page, 5)
+    page.run()
+    page.page.wait_for_timeout(1000)
+    texts = page.texts("FreqLoss_LoraBandGate")
+    assert sum(LORAS["FreqLoss_LoraBandGate"] in text for text in texts) == 2
+    assert sum("applied as by the core loader" in text for text in texts) == len(texts) - 2
+
+
+def test_the_text_is_no_input_and_no_value_of_the_workflow(page):
+    open_workflow(page, 4)
+    before = page.page.evaluate("() => app.graph.serialize().nodes.map(n => [n.type, n.widgets_values ?? []])")
+    page.run()
+    page.page.wait_for_timeout(1000)
+    assert page.texts("FreqLoss_LoraLoader")
+    assert page.page.evaluate("() => app.graph.serialize().nodes.map(n => [n.type, n.widgets_values ?? []])") == before
+    prompt = page.page.evaluate("async () => (await app.graphToPrompt()).output")
+    (inputs,) = [node["inputs"] for node in prompt.values() if node["class_type"] == "FreqLoss_LoraLoader"]
+    assert not any("text" in name for name in inputs)
