@@ -99,8 +99,9 @@ def test_texts_stay_after_a_job_with_cached_nodes_and_over_a_reload(open_page, r
     settings = {"Comfy.VueNodes.Enabled": rendering == "Vue", "Comfy.Workflow.Persist": True}
     number_of_run = 1 + (rendering == "Vue")
     with open_page(**settings) as page:
-        if rendering == "Vue" and not page.page.evaluate("() => 'vueNodesMode' in LiteGraph"):
-            pytest.skip("this frontend has no Vue nodes")
+        version = page.page.evaluate("() => window.__COMFYUI_FRONTEND_VERSION__")
+        if rendering == "Vue" and tuple(map(int, version.split("."))) < (1, 40):
+            pytest.skip(f"the Vue nodes of frontend {version} are unfinished: they show no widget that is an element")
         page.errors.clear()
         for number, expected in ((2, BANDS), (4, {"FreqLoss_LoraLoader": LORAS["FreqLoss_LoraLoader"]})):
             open_workflow(page, number)
