@@ -5,6 +5,9 @@
 One process cannot import two versions of a host, so each version has a pytest process of its own. ComfyUI has the
 frontend that it pins, and the tests in the browser are run again with the newest one (`tests/run.sh` installs both).
 The last lines say what ran, and which versions of README's compatibility table did not.
+
+With HOST_TESTS=short, tests marked `long` run with the newest checkouts alone, and those in the browser once for each
+ComfyUI: with the newest frontend for the newest, and with the pinned one for the others.
 """
 
 from __future__ import annotations
@@ -79,12 +82,18 @@ def plan() -> list[Run]:
     sd_scripts, comfyui = SD_SCRIPTS.checkouts(), COMFYUI.checkouts()
     pinned = {path: _frontend(hosts.pinned_frontend(path)) for path in comfyui}
     newest = _frontend("newest")
-    first_comfyui = next(iter(comfyui), None)
+    short = os.environ.get("HOST_TESTS") == "short"
+    but_long = " and not long" if short else ""
+    first = next(iter(comfyui), None)
     return [
-        Run(next(iter(sd_scripts), None), first_comfyui, pinned.get(first_comfyui)),
-        *(Run(sd_scripts=path, marker="sd_scripts") for path in sd_scripts[1:]),
-        *(Run(comfyui=path, packages=pinned[path], marker="comfyui") for path in comfyui[1:]),
-        *(Run(comfyui=path, packages=pinned[path], frontend=newest, marker="browser") for path in comfyui if newest),
+        Run(next(iter(sd_scripts), None), first, pinned.get(first), newest if short else None),
+        *(Run(sd_scripts=path, marker=f"sd_scripts{but_long}") for path in sd_scripts[1:]),
+        *(Run(comfyui=path, packages=pinned[path], marker=f"comfyui{but_long}") for path in comfyui[1:]),
+        *(
+            Run(comfyui=path, packages=pinned[path], frontend=newest, marker="browser")
+            for path in comfyui
+            if newest and not short
+        ),
     ]
 
 

@@ -161,6 +161,7 @@ COMPILED = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("order", COMPILED)
 @pytest.mark.parametrize(
     ("low", "high", "end"), [(1.0, 0.0, 1.0), (0.0, 1.0, 1.0), (1.0, 0.5, 1.0), (1.0, 1.0, 0.5), (1.0, -0.5, 0.5)]

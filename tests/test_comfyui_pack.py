@@ -170,6 +170,7 @@ def linked(folder):
 
 
 @pytest.mark.comfyui
+@pytest.mark.long
 def test_the_managers_command_line_installs_it_from_a_git_address(tmp_path):
     """Into a copy of ComfyUI; the address is mapped to a folder by git's own configuration."""
     comfyui = hosts.comfyui()

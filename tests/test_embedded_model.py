@@ -122,6 +122,7 @@ def predicted(script, host, trained, inputs, result):
 
 
 @pytest.mark.sd_scripts
+@pytest.mark.long
 def test_sd_scripts_own_network_module_loads_the_lora(trained, inputs, tmp_path):
     host = hosts.sd_scripts()
     file, before, after = inputs
@@ -144,6 +145,7 @@ def test_comfyuis_own_loader_applies_the_lora(trained, inputs, tmp_path):
 
 
 @pytest.mark.sd_scripts
+@pytest.mark.long
 def test_the_real_sd_scripts_trains_the_embedded_model_with_the_engines_toml(trained, tmp_path, monkeypatch):
     host = hosts.sd_scripts()
     monkeypatch.syspath_prepend(str(TESTS / "sd_scripts_host"))
@@ -162,6 +164,7 @@ def test_the_real_sd_scripts_trains_the_embedded_model_with_the_engines_toml(tra
 
 
 @pytest.mark.sd_scripts
+@pytest.mark.long
 def test_a_single_safetensors_file_is_the_same_model(trained, tmp_path, monkeypatch):
     """Converted by sd-scripts. Its configuration comes from the Hub, which is a cache folder here."""
     host = hosts.sd_scripts()

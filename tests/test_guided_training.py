@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from freq_loss_plugin import ConfigError, guidance
 
-pytestmark = [pytest.mark.sd_scripts, pytest.mark.filterwarnings("default")]
+pytestmark = [pytest.mark.sd_scripts, pytest.mark.long, pytest.mark.filterwarnings("default")]
 
 WIDTH = 64  # of the narrow text encoder
 # 128 × 128 for the photos and 192 × 64 for the wide ones.

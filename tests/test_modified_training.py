@@ -10,7 +10,7 @@ import oracle
 import pytest
 import torch
 
-pytestmark = pytest.mark.sd_scripts
+pytestmark = [pytest.mark.sd_scripts, pytest.mark.long]
 
 # How far into the line sd-scripts' log reaches before it folds.
 LOADS_THE_MODEL = "load Diffusers pretrained"
