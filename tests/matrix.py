@@ -141,7 +141,8 @@ def _frontend(name: str) -> Path | None:
 
 def _version(frontend: Path) -> str:
     """The version of the package in this folder, as pip wrote it down."""
-    return next(iter(importlib.metadata.distributions(path=[str(frontend)]))).version
+    found = importlib.metadata.distributions(name="comfyui-frontend-package", path=[str(frontend)])
+    return next(iter(found)).version
 
 
 if __name__ == "__main__":

@@ -81,9 +81,12 @@ def test_the_sd15_example_has_the_values_of_the_first_description():
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_use_no_key_that_their_trainer_does_not_know(example, monkeypatch):
-    monkeypatch.syspath_prepend(str(hosts.sd_scripts()))
+    checkout = hosts.sd_scripts()
+    monkeypatch.syspath_prepend(str(checkout))
     text = example.read_text(encoding="utf-8")
     script = re.search(r"accelerate launch (\w+)\.py", text).group(1)
+    if not (checkout / f"{script}.py").is_file():
+        pytest.skip(f"{hosts.SD_SCRIPTS.title(checkout)} has no {script}.py")
     known = vars(importlib.import_module(script).setup_parser().parse_args([])).keys()
     for section in toml.loads(text).values():
         assert section.keys() <= known | FreqLossConfig.fields_by_key().keys()
