@@ -1,9 +1,9 @@
-"""ComfyUI's way in. Everything else is in nodes/; installed by pip for sd-scripts, this file is left out."""
+"""The entry point for ComfyUI; the nodes are in nodes/. The package that pip installs for sd-scripts is without it."""
 
 import sys
 
-# Only inside ComfyUI, which imports this folder as a package under a name of its own. pytest and other tools that come
-# across this file have neither a ComfyUI around it nor, in a folder with a hyphen, a package.
+# Only inside ComfyUI, which imports this folder as a package named after its path. Where pytest and other tools import
+# this file, there is no ComfyUI, and in a folder whose name has a hyphen no package.
 if __package__ and "folder_paths" in sys.modules:
     from .nodes import comfy_entrypoint
 

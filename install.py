@@ -4,7 +4,7 @@
     python install.py --sd-scripts PATH --check   report only; exit status 1 where something is missing
     python install.py                             what the ComfyUI Manager runs after it has cloned the pack
 
-Safe to run again, and after every update of the plug-in. Nothing is written below PATH.
+It can be run again, for instance after an update of the plug-in. Nothing is written below PATH.
 """
 
 from __future__ import annotations
@@ -18,22 +18,25 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # its module needs torch, which the Python that runs this may lack
+    from kohya_patch.host_check import Report
 
 ROOT = Path(__file__).resolve().parent
 DISTRIBUTION = "freq-loss-plugin"
-# What requirements.txt installs, by the names of the modules, and what happens without it.
-COMFYUI_NEEDS = {
+# The modules that requirements.txt installs, and what happens without them.
+COMFYUI_PACKAGES = {
     "pytorch_wavelets": "wavelet bands will be FFT bands",
     "pywt": "wavelet bands will be FFT bands",
-    "matplotlib": "nodes that draw plots will stop with a message",
+    "matplotlib": "nodes that draw plots will raise an error",
 }
 BASE = "train_network.py"
-EARLY = "Options that cannot work raise an error before any model is loaded."
-LATE = (
-    "Options that cannot work raise an error only after models were loaded: either this Python does not read the "
+CHECKS_EARLY = "Options that cannot work raise an error before any model is loaded."
+CHECKS_LATE = (
+    "Options that cannot work raise an error only after the models were loaded: either this Python does not read the "
     "plug-in's .pth file when it starts (run install.py without --check), or the trainers of this sd-scripts do not "
-    "begin with a call that the plug-in knows."
+    "start with a call that the plug-in knows."
 )
 TOML_LINES = """\
     network_module = "kohya_patch"      # was "networks.lora"
@@ -44,7 +47,7 @@ TOML_LINES = """\
 
 
 def main() -> int:
-    """Parse the command line and do what it says; returns the exit status."""
+    """Run the installation that the command line asks for; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sd-scripts", type=Path, metavar="PATH", help="the folder with train_network.py")
     parser.add_argument("--check", action="store_true", help="change nothing, only report")
@@ -57,30 +60,18 @@ def main() -> int:
 
 
 def install_for_comfyui() -> int:
-    """Install what is missing of requirements.txt; silent, and offline, where nothing is.
+    """Install missing packages of requirements.txt; silent and offline if none is missing.
 
-    Without these packages the pack works in part, so a failure is told, and is none of the whole installation.
+    Most nodes work without these packages, so a failure is a warning and does not fail the installation.
     """
-    missing = [name for name in COMFYUI_NEEDS if importlib.util.find_spec(name) is None]
+    missing = [name for name in COMFYUI_PACKAGES if importlib.util.find_spec(name) is None]
     if missing and _pip("install", "--quiet", "-r", str(ROOT / "requirements.txt")):
-        effects = "; ".join(dict.fromkeys(COMFYUI_NEEDS[name] for name in missing))
+        effects = "; ".join(dict.fromkeys(COMFYUI_PACKAGES[name] for name in missing))
         print(
             f"freq_loss_plugin: {', '.join(missing)} could not be installed: {effects}. To try again: "
             f"{sys.executable} -m pip install -r {ROOT / 'requirements.txt'}"
         )
     return 0
-
-
-class HostReport(NamedTuple):
-    """What the plug-in's own check found in a checkout, see `kohya_patch.host_check.Report`.
-
-    Attributes:
-        problems: for each training script what is wrong with it, or None.
-        checks_early: whether a wrong option is found before a model is loaded.
-    """
-
-    problems: dict[str, str | None]
-    checks_early: bool
 
 
 def install_for_sd_scripts(path: Path, *, check_only: bool) -> int:
@@ -97,37 +88,37 @@ def install_for_sd_scripts(path: Path, *, check_only: bool) -> int:
     if not problems and not check_only:
         print(f"installing the plug-in for {sys.executable}")
         if _pip("install", "--quiet", str(ROOT)):
-            problems = ["pip failed; its message is above"]
+            problems = ["pip failed; see its output above"]
     problems = problems or _check_installation(path)
-    report = HostReport({}, False) if problems else ask_the_host(path)
-    _describe(path, report)
+    report: Report = {"problems": {}, "checks_early": False} if problems else check_host(path)
+    _print_report(path, report)
     if problems:
         print("\nNot ready:")
         print("\n".join(f"  - {problem}" for problem in problems))
         return 1
     print(f"\nReady. In the TOML that you train with (--config_file):\n\n{TOML_LINES}")
-    print(f"Train as always. {EARLY if report.checks_early else LATE}")
+    print(f"Train as usual. {CHECKS_EARLY if report['checks_early'] else CHECKS_LATE}")
     return 0
 
 
 def check_checkout(path: Path) -> list[str]:
-    """What makes training with a checkout impossible, in sentences.
+    """The problems that prevent training with a checkout, in sentences.
 
     Args:
         path: the folder of sd-scripts; nothing is written there.
     """
     if not (path / BASE).is_file():
-        return [f"{path} has no {BASE}: expected the folder of kohya-ss' sd-scripts, in which you train"]
-    problem = ask_the_host(path, plugin=ROOT).problems[BASE]
+        return [f"{path} has no {BASE}: expected the folder of kohya-ss/sd-scripts"]
+    problem = check_host(path, plugin=ROOT)["problems"][BASE]
     return [f"{BASE}: {problem}"] if problem else []
 
 
-def ask_the_host(path: Path, plugin: Path | None = None) -> HostReport:
-    """Check the plug-in against the checkout's own code, in a process of its own; no model is loaded.
+def check_host(path: Path, plugin: Path | None = None) -> Report:
+    """Check the plug-in against the checkout's code, in a separate process; no model is loaded.
 
     Args:
         path: the folder of sd-scripts; nothing is written there.
-        plugin: a folder to import the plug-in from; None for the installed one.
+        plugin: the folder to import the plug-in from; None for the installed one.
     """
     environment = dict(os.environ)
     if plugin is not None:
@@ -135,19 +126,20 @@ def ask_the_host(path: Path, plugin: Path | None = None) -> HostReport:
     command = [sys.executable, "-B", "-W", "ignore", "-m", "kohya_patch.host_check", BASE]
     done = subprocess.run(command, cwd=path, env=environment, capture_output=True, text=True)
     if done.returncode:
-        return HostReport({BASE: f"the check of {path} failed: {_last_line(done.stderr)}"}, False)
-    return HostReport(**json.loads(_last_line(done.stdout)))
+        return {"problems": {BASE: f"the check of {path} failed: {_last_line(done.stderr)}"}, "checks_early": False}
+    return json.loads(_last_line(done.stdout))
 
 
-def _describe(path: Path, report: HostReport) -> None:
-    """Print which versions there are, and which training scripts can be used."""
+def _print_report(path: Path, report: Report) -> None:
+    """Print the versions, and which training scripts can be used."""
+    # Python does not always search this folder: ComfyUI's portable version has an embedded Python, which does not.
     sys.path.insert(0, str(ROOT))
-    from kohya_patch.host import version
+    from kohya_patch.host import version  # noqa: PLC0415 - found from here on
 
     print(f"Python       {sys.version.split()[0]} at {sys.executable}")
     print(f"sd-scripts   {version(path)} in {path}")
     print(f"plug-in      {_installed_version() or 'not installed'}")
-    for script, problem in report.problems.items():
+    for script, problem in report["problems"].items():
         print(f"{'not usable   ' if problem else 'usable       '}{script}{f': {problem}' if problem else ''}")
 
 
@@ -168,19 +160,19 @@ def _check_python() -> list[str]:
 
 
 def _check_installation(path: Path) -> list[str]:
-    """Import the installed plug-in as sd-scripts will, from its folder, and make bands with it."""
+    """Import the installed plug-in in the folder of sd-scripts, as training will, and compute bands with it."""
     if _installed_version() is None:
         return ["the plug-in is not installed for this Python; run install.py without --check"]
     code = (
         "import torch, kohya_patch.network, freq_loss_plugin as f; "
         "f.frequency_decomposition(torch.randn(1, 4, 8, 8)); print(f.FreqLossConfig().resolved_method)"
     )
-    where = path if path.is_dir() else None
-    done = subprocess.run([sys.executable, "-B", "-c", code], cwd=where, capture_output=True, text=True)
+    folder = path if path.is_dir() else None
+    done = subprocess.run([sys.executable, "-B", "-c", code], cwd=folder, capture_output=True, text=True)
     if done.returncode:
         return [f"the installed plug-in does not import: {_last_line(done.stderr)}"]
     if done.stdout.split() != ["wavelet"]:
-        return ["the wavelet library is missing, FFT bands would be used: pip install pytorch_wavelets PyWavelets"]
+        return ["the wavelet library is missing, so FFT bands would be used: pip install pytorch_wavelets PyWavelets"]
     return []
 
 
@@ -192,7 +184,7 @@ def _installed_version() -> str | None:
 
 
 def _pip(*arguments: str) -> int:
-    """Run pip of this Python, or uv where the environment was made without pip."""
+    """Run this Python's pip, or uv if the environment was created without pip; returns the exit status."""
     command = [sys.executable, "-m", "pip", *arguments]
     uv = shutil.which("uv")
     if importlib.util.find_spec("pip") is None and uv:

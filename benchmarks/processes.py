@@ -1,10 +1,10 @@
-"""What matching the batch of all processes costs: the loss in N processes, each with its own part, or with all of them.
+"""What `freq_loss_scope = "global"` costs: the loss in N processes, over each one's own batch or over all of them.
 
     python benchmarks/processes.py [--counts 1 2 4] [--repeats 50] [--device cuda]
 
-Each process has a batch of its own (so the whole batch grows with N), one thread, and for each size takes turns between
-`freq_loss_scope = "local"` and `"global"`; forward and backward. Over gloo on the CPU, over NCCL with one GPU for each
-process. Shown are medians of the slowest process.
+Each process has one thread and its own batch, so the whole batch grows with N, and takes turns between the scopes
+``local`` and ``global``; forward and backward, over gloo on the CPU or NCCL with one GPU per process. The table shows
+medians of the slowest process.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
+from torch.multiprocessing.spawn import spawn as start_processes
 
-from freq_loss_plugin import FreqLossConfig, frequency_matching_loss
+from freq_loss_plugin import FreqLossConfig
+from freq_loss_plugin.training.passes import Pass
+from freq_loss_plugin.training.term import FrequencyTerm
 
 LATENTS = {
     "SD1.5, 512 px": (4, 4, 64, 64),
@@ -29,7 +32,7 @@ LATENTS = {
 
 
 def work(rank: int, count: int, device: str, repeats: int, address: str, results: Any) -> None:
-    """One process: time every size and scope, and let the first process tell."""
+    """One process: time every size and scope; the first process puts (size, scope, seconds) into ``results``."""
     torch.set_num_threads(1)
     if device == "cuda":
         torch.cuda.set_device(rank)
@@ -47,20 +50,23 @@ def work(rank: int, count: int, device: str, repeats: int, address: str, results
 def measure(shape: tuple[int, ...], device: torch.device, repeats: int) -> dict[str, list[float]]:
     """Seconds of forward and backward by scope."""
     prediction, target = torch.randn(shape, device=device, requires_grad=True), torch.randn(shape, device=device)
-    configs = {scope: FreqLossConfig.from_mapping({"freq_loss_scope": scope}) for scope in ("local", "global")}
-    seconds: dict[str, list[float]] = {scope: [] for scope in configs}
+    passed, base_loss = Pass(prediction, target, timesteps=400), torch.zeros((), device=device)
+    terms = {
+        scope: FrequencyTerm(FreqLossConfig(scope=scope, timesteps="own"), "flow", seed=0)
+        for scope in ("local", "global")
+    }
+    seconds: dict[str, list[float]] = {scope: [] for scope in terms}
     for repeat in range(repeats + 3):
-        for scope, config in configs.items():
+        for scope, term in terms.items():
+            term.plan(len(prediction))
             dist.barrier()
             start = time.perf_counter()
-            loss = frequency_matching_loss(
-                prediction, target, prediction_type="flow", timesteps=400, config=config, across_processes=True
-            )
-            loss.total.backward()
+            term.join(passed, base_loss).backward()
             if device.type == "cuda":
                 torch.cuda.synchronize()
             if repeat >= 3:
                 seconds[scope].append(time.perf_counter() - start)
+            term.settle(repeat)
     return seconds
 
 
@@ -70,22 +76,26 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    where = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {torch.get_num_threads()} cores"
-    print(f"torch {torch.__version__}, Python {platform.python_version()}, {where}, float32\n")
+    hardware = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {torch.get_num_threads()} cores"
+    print(f"torch {torch.__version__}, Python {platform.python_version()}, {hardware}, float32\n")
     print("| latents in each process | processes | local | global |\n|---|---|---|---|")
     spawn = multiprocessing.get_context("spawn")
     for place, count in enumerate(options.counts):
         results, address = spawn.SimpleQueue(), f"tcp://127.0.0.1:{29600 + place}"
         arguments = (count, options.device, options.repeats, address, results)
-        multiprocessing.spawn(work, arguments, nprocs=count)
-        found = {}
+        start_processes(work, arguments, nprocs=count)
+        measured = {}
         while not results.empty():
             name, scope, seconds = results.get()
-            found[name, scope] = seconds
+            measured[name, scope] = f"{seconds * 1e6:.0f} µs"
         for name, shape in LATENTS.items():
-            local, together = found[name, "local"], found[name, "global"]
-            shown = f"{name}, {'×'.join(map(str, shape))}"
-            print(f"| {shown} | {count} | {local * 1e6:.0f} µs | {together * 1e6:.0f} µs |", flush=True)
+            cells = (
+                f"{name}, {'×'.join(map(str, shape))}",
+                str(count),
+                measured[name, "local"],
+                measured[name, "global"],
+            )
+            print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

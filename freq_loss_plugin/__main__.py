@@ -8,33 +8,43 @@ import importlib.util
 import os
 import sys
 
-# What the commands are built on: the extra ``train`` in pyproject.toml has it all.
-NEEDED = {
+from . import ConfigError
+from .training.monitor import NonFiniteLossError
+
+# The packages that each command needs; the extra ``train`` in pyproject.toml installs all of them.
+REQUIRED = {
     "train": ("diffusers", "transformers", "peft", "accelerate", "safetensors", "PIL", "matplotlib", "tqdm"),
     "extract-features": ("transformers", "safetensors", "PIL", "tqdm", "toml"),
 }
-MODULES = {"train": "freq_loss_plugin.engine.cli", "extract-features": "freq_loss_plugin.engine.extraction"}
+MODULES = {"train": "freq_loss_plugin.engine.cli", "extract-features": "freq_loss_plugin.guidance_token.extract"}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit status. An error in what the user wrote is printed alone, without traceback."""
+    """Run one command.
+
+    Args:
+        arguments: the command line; that of this process by default.
+
+    Returns:
+        The exit status. An error in the user's input is printed as one message, without a traceback.
+    """
     parser = argparse.ArgumentParser(prog="python -m freq_loss_plugin")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    named = {
+    descriptions = {
         "train": "train a LoRA with the frequency loss, without sd-scripts",
-        "extract-features": "write the CLIP features of training pictures, for guidance_token",
+        "extract-features": "write the CLIP features of training images, for guidance_token",
     }
-    parsers = {name: commands.add_parser(name, allow_abbrev=False, help=words) for name, words in named.items()}
-    words = sys.argv[1:] if arguments is None else arguments
-    command = words[0] if words and words[0] in named else "train"
-    missing = [name for name in NEEDED[command] if importlib.util.find_spec(name) is None]
+    parsers = {name: commands.add_parser(name, allow_abbrev=False, help=text) for name, text in descriptions.items()}
+    arguments = sys.argv[1:] if arguments is None else arguments
+    command = arguments[0] if arguments and arguments[0] in descriptions else "train"
+    missing = [name for name in REQUIRED[command] if importlib.util.find_spec(name) is None]
     if missing:
         parser.exit(
             1,
             f"freq_loss_plugin: {sys.executable} lacks {', '.join(missing)}. In a clone of the repository run "
-            "./train_freq_aware.sh, which makes an environment of its own; or: pip install 'freq-loss-plugin[train]'\n",
+            "./train_freq_aware.sh, which creates its own environment; or: pip install 'freq-loss-plugin[train]'\n",
         )
-    # They would greet every user with remarks on packages that nothing here needs.
+    # At their default level they warn about optional packages that nothing here needs.
     for variable in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
         os.environ.setdefault(variable, "error")
     module = importlib.import_module(MODULES[command])
@@ -42,19 +52,16 @@ def main(arguments: list[str] | None = None) -> int:
     options, rest = parser.parse_known_args(arguments)
     if rest and command != "train":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    from . import ConfigError
-    from .step import NonFiniteLossError
-
     try:
         return int(module.run(options, rest) if command == "train" else module.run(options))
     except (ConfigError, NonFiniteLossError) as error:
         print(f"\nfreq_loss: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nfreq_loss: interrupted; what was saved before is intact", file=sys.stderr)
+        print("\nfreq_loss: interrupted; files saved before are intact", file=sys.stderr)
         return 130
     except OSError as error:
-        print(f"\nfreq_loss: {error}. The last saved file is intact; go on with --resume", file=sys.stderr)
+        print(f"\nfreq_loss: {error}. The last saved file is intact; continue with --resume", file=sys.stderr)
         return 1
 
 

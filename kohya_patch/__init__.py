@@ -13,7 +13,7 @@ from typing import Any
 
 
 def create_network(*arguments: Any, **network_args: Any) -> Any:
-    """Make the wrapped network module's network and add the frequency loss to the training that asked for it.
+    """Make the wrapped network module's network and add the frequency loss to the run that asked for it.
 
     Called by sd-scripts. ``arguments`` go to the wrapped module as they are, and so do the ``network_args`` that are
     not options of the frequency loss.
@@ -22,13 +22,13 @@ def create_network(*arguments: Any, **network_args: Any) -> Any:
         freq_loss_plugin.ConfigError: an option cannot be used as given.
         kohya_patch.host.UnsupportedTrainerError: this sd-scripts lacks what the hook needs.
     """
-    from . import network
+    from . import network  # noqa: PLC0415 - see above
 
     return network.create_network(*arguments, **network_args)
 
 
 def create_network_from_weights(*arguments: Any, **network_args: Any) -> Any:
     """As `create_network`, for a network whose dimensions come from a file. Returns ``(network, weights)``."""
-    from . import network
+    from . import network  # noqa: PLC0415 - see above
 
     return network.create_network_from_weights(*arguments, **network_args)

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from freq_loss_plugin import ConfigError, FreqLossConfig
-from freq_loss_plugin import guidance as features_of
-from freq_loss_plugin.guidance import Features, replace_last_token
-from freq_loss_plugin.picture_folders import SOURCES, pictures
+from freq_loss_plugin.guidance_token import features as features_of
+from freq_loss_plugin.guidance_token.features import Features, replace_last_token
+from freq_loss_plugin.guidance_token.image_folders import SOURCES, find_images
 
 from . import host
-from .trainers import Family, Training
+from .protocols import Batch
+from .trainers import Family, TrainingRun
 
 # The entry of a batch that names its images.
 IMAGES = "freq_loss_images"
@@ -49,22 +50,22 @@ def check(config: FreqLossConfig, args: argparse.Namespace, family: Family) -> N
         )
     if getattr(args, "dataset_class", None):
         return  # its images are known to its own code alone; `TokenGuidance` asks the data set
-    found = pictures(**{source: getattr(args, source, None) for source in SOURCES})
-    without = features_of.missing(found)
+    images = find_images(**{source: getattr(args, source, None) for source in SOURCES})
+    without = features_of.missing(images)
     if without:
         features_of.load(dict.fromkeys(without, 1.0), command(args))
 
 
 def command(args: argparse.Namespace) -> str:
-    """What makes the features of this training's images."""
+    """The command that makes the features of this run's images."""
     return features_of.extraction_command({source: getattr(args, source, None) for source in SOURCES})
 
 
 class TokenGuidance:
-    """The features of one training, and how they reach its text tokens.
+    """The features of one run, and how they reach its text tokens.
 
     Args:
-        training: the running training; its data sets are told to name their images.
+        run: the run in progress; its data sets will name the images of a batch.
         text_width: width of the text encoder's hidden states; None where it is not known.
 
     Raises:
@@ -72,21 +73,21 @@ class TokenGuidance:
         ConfigError: a data set of the user's own class does not say which images its batches hold.
     """
 
-    def __init__(self, training: Training, text_width: int | None) -> None:
+    def __init__(self, run: TrainingRun, text_width: int | None) -> None:
         shown: dict[Path, float] = {}
-        for dataset in training.datasets:
+        for dataset in run.datasets:
             _check_dataset(dataset)
             for info in dataset.image_data.values():
                 times = 0 if info.is_reg else info.num_repeats
                 shown[Path(info.absolute_path)] = shown.get(Path(info.absolute_path), 0) + times
-        self.features: Features = features_of.load(shown, command(training.args))
-        self._by_name = {str(path): values for path, values in self.features.by_picture.items()}
+        self.features: Features = features_of.load(shown, command(run.args))
+        self._by_name = {str(path): values for path, values in self.features.by_image.items()}
         if text_width is not None:
-            features_of.check_width(self.features, text_width, command(training.args))
-        for dataset in training.datasets:
+            features_of.check_width(self.features, text_width, command(run.args))
+        for dataset in run.datasets:
             dataset.__class__ = naming_images(type(dataset))
 
-    def put_in(self, batch: Any, conds: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def replace_tokens(self, batch: Batch, conds: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The text conditions of a batch with each image's features in their last token; new tensors."""
         states = conds[0]
         if states is None:

@@ -5,83 +5,75 @@ are). The order of calls in one step:
 
     process_batch                  the trainer's own
       get_noise_pred_and_target    unified only: first at one t for the batch, in a random stream of its own
-        frequency_matching_loss
-        backward                   at once, so that the graph of one pass is alive at a time
+        FrequencyTerm.extra_pass     propagated at once, so that the graph of one pass is alive at a time
       get_noise_pred_and_target    the trainer's own pass
-        frequency_matching_loss    own and shared: of this pass
-    -> base loss + term
-    (backward, by sd-scripts; of a unified term only the value is left)
-    all_reduce_network             before it: stop if the term was not finite; the weights are still untouched
+    FrequencyTerm.join             base loss + term; of a unified term only the value is left
+    (backward, by sd-scripts)
+    all_reduce_network             before it, FrequencyTerm.settle: stop if the term was not finite
     (optimizer step, by sd-scripts)
     generate_step_logs             the scalars join the trainer's
 
 Nothing in a step waits for the device: the numbers travel to the host behind the forward pass
-(`freq_loss_plugin.step.TermMonitor`) and are read when sd-scripts has queued its backward pass.
+(`freq_loss_plugin.training.monitor.TermMonitor`) and are read when sd-scripts has queued its backward pass.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
 from torch import Tensor
 
-from freq_loss_plugin import FreqLossConfig, FrequencyLoss, guidance
-from freq_loss_plugin.balance import Balance
-from freq_loss_plugin.memory import ResidualMemory
-from freq_loss_plugin.report import ShareReport
-from freq_loss_plugin.step import TermMonitor
+from freq_loss_plugin import FreqLossConfig
+from freq_loss_plugin.guidance_token import features as guidance
+from freq_loss_plugin.training.passes import Pass, Plan
+from freq_loss_plugin.training.term import FrequencyTerm
 
 from . import report
+from .batch import BatchReader
 from .guidance import TokenGuidance
 from .host import UnsupportedTrainerError
 from .passes import TimestepPasses
+from .patching import PatchedMethods
 from .state import StateFile
-from .term import Term, TermMaker
-from .trainers import Training, first_step
+from .trainers import TrainingRun, first_step, process_index
 from .validation import ValidationReport
+
+_PASS = "get_noise_pred_and_target"
 
 
 class LossHook:
-    """Adds the frequency term to every training batch of one training.
+    """Adds the frequency term to every training batch of one run.
 
     Args:
-        training: the running training; its trainer must have passed the checks of `host`.
+        run: the run in progress; its trainer must have passed the checks of `host`.
         config: the options. With ``dist_match = 0`` only the metadata are touched.
         network_module: name of the module that made the network, for ``ss_network_module``.
         tokens: the guidance token, where it is on.
     """
 
     def __init__(
-        self, training: Training, config: FreqLossConfig, network_module: str, tokens: TokenGuidance | None = None
+        self, run: TrainingRun, config: FreqLossConfig, network_module: str, tokens: TokenGuidance | None = None
     ) -> None:
-        self._trainer = training.trainer
-        self._args = training.args
-        self._config = config
-        self._tokens = tokens
-        self._network_module = network_module
-        self._originals: dict[str, Any] = {}
-        self._signatures: dict[str, inspect.Signature] = {}
-        # The training batch under way, as process_batch was given it, and its term once there is one.
-        self._batch: dict[str, Any] | None = None
-        self._validating: dict[str, Any] | None = None  # the same for a validation batch, where it is reported
-        self._term: Term | None = None
-        self._base_prediction: Tensor | None = None
-        memory = ResidualMemory(config) if config.memory else None
-        self._balance = Balance(config) if Balance.is_wanted(config) else None
-        self._terms = TermMaker(training, config, memory, self._balance)
-        self._state = StateFile(config, training.args, memory, self._balance)
-        self._validation = ValidationReport(config) if config.validation else None
-        self._monitor = TermMonitor()
-        self._share = ShareReport(getattr(training.args, "max_train_steps", None), held=bool(config.share))
-        self._last_scalars: dict[str, float] = {}
-        self._told_of_two_graphs = False
-        self.step = first_step(training.args)
-        batches = self.step * (getattr(training.args, "gradient_accumulation_steps", None) or 1)
-        self._passes = TimestepPasses(training, config, batches)
+        self._trainer, self._args = run.trainer, run.args
+        self._config, self._network_module, self._tokens = config, network_module, tokens
+        self._methods = PatchedMethods(run.trainer)
+        self.step = first_step(run.args)
+        self.term = _make_term(run, config, self.step)
+        self._batches = BatchReader(run)
+        self._passes = TimestepPasses(run, config)
+        self._state = StateFile(config, run.args, self.term)
+        validation = self.term.validation
+        self._validation = ValidationReport(config, validation) if validation is not None else None
+        # The arguments of process_batch, for the current training batch, or validation batch if that is logged.
+        self._training_call: dict[str, Any] | None = None
+        self._validation_call: dict[str, Any] | None = None
+        self._passed: Pass | None = None
+        self._logs: dict[str, float] = {}
 
     def install(self) -> None:
-        """Replace the methods on the trainer object; a hook of an earlier training on it is taken off first."""
+        """Replace the methods on the trainer object; the hook of an earlier run is removed first."""
         earlier = vars(self._trainer).get("_freq_loss_hook")
         if earlier is not None:
             earlier.uninstall()
@@ -90,116 +82,115 @@ class LossHook:
         if self._config.enabled:
             replacements |= {
                 "process_batch": self._process_batch,
-                "get_noise_pred_and_target": self._get_noise_pred_and_target,
+                _PASS: self._get_noise_pred_and_target,
                 "all_reduce_network": self._all_reduce_network,
                 "generate_step_logs": self._generate_step_logs,
             }
         if self._config.enabled and self._validation is not None:
             replacements["accelerator_logging"] = self._accelerator_logging
         if self._tokens is not None:
-            replacements |= {
-                "get_noise_pred_and_target": self._get_noise_pred_and_target,
-                "sample_images": self._sample_images,
-            }
+            replacements |= {_PASS: self._get_noise_pred_and_target, "sample_images": self._sample_images}
         for name, replacement in replacements.items():
-            self._originals[name] = getattr(self._trainer, name)
-            self._signatures[name] = inspect.signature(self._originals[name])
-            setattr(self._trainer, name, replacement)
+            self._methods.replace(name, replacement)
 
     def uninstall(self) -> None:
         """Give the trainer its own methods back."""
-        for name, original in self._originals.items():
-            delattr(self._trainer, name)
-            if getattr(self._trainer, name) != original:  # it had one of its own, not its class
-                setattr(self._trainer, name, original)
-        self._originals.clear()
-        self._state.leave()
+        self._methods.restore()
+        self._state.remove()
         del self._trainer._freq_loss_hook
 
     # What the trainer calls
 
     def _process_batch(self, *arguments: Any, **named: Any) -> Tensor:
-        call = self._bind("process_batch", *arguments, **named)
-        original = self._originals["process_batch"]
+        call = self._methods.bind("process_batch", *arguments, **named).arguments
+        process_batch = self._methods.original("process_batch")
         if call["args"] is not self._args:
-            self.uninstall()  # the trainer object has been given another training
-            return original(*arguments, **named)
+            self.uninstall()  # the trainer object is now used for another run
+            return process_batch(*arguments, **named)
         if not call["is_train"]:
-            self._validating = call if self._validation is not None else None
-            result = original(*arguments, **named)
-            self._validating = None
+            self._validation_call = call if self._validation is not None else None
+            result: Tensor = process_batch(*arguments, **named)
+            self._validation_call = None
             return result
         if self._validation is not None:
             self._validation.discard()
         self._state.save_with(call["accelerator"])
-        self._batch = call
-        base_loss = original(*arguments, **named)
-        term, self._term, self._batch = self._term, None, None
-        if term is None:
+        self._training_call = call
+        base_loss = process_batch(*arguments, **named)
+        passed, self._passed, self._training_call = self._passed, None, None
+        if passed is None:
             raise UnsupportedTrainerError(
-                f"{type(self._trainer).__name__}.process_batch did not call get_noise_pred_and_target, in which the "
-                "frequency loss finds the prediction; this sd-scripts is newer than this plug-in knows"
+                f"{type(self._trainer).__name__}.process_batch did not call {_PASS}, in which the frequency loss finds "
+                "the prediction; this sd-scripts is newer than this plug-in knows"
             )
-        prediction, self._base_prediction = self._base_prediction, None
-        term = self._terms.weighed_against(base_loss, prediction, term)
-        self._monitor.add(base_loss, term.loss, term.prediction, term.target, term.timesteps, term.logs)
-        return base_loss + term.loss.total.to(base_loss.dtype)
+        return self.term.join(passed, base_loss)
 
     def _get_noise_pred_and_target(self, *arguments: Any, **named: Any) -> Any:
-        call = self._signatures["get_noise_pred_and_target"].bind(*arguments, **named)
+        call = self._methods.bind(_PASS, *arguments, **named)
         if self._tokens is not None:
             given = call.arguments
-            given["text_encoder_conds"] = self._tokens.put_in(given["batch"], given["text_encoder_conds"])
-        if self._batch is None:
-            results = self._originals["get_noise_pred_and_target"](*call.args, **call.kwargs)
-            if self._validating is not None and self._validation is not None:
-                self._validate(self._validation, self._validating, call.arguments["latents"], results)
-            return results
-        results = self._training_pass(call, self._batch)
-        self._base_prediction = results[0] if self._balance is not None else None
+            given["text_encoder_conds"] = self._tokens.replace_tokens(given["batch"], given["text_encoder_conds"])
+        if self._training_call is not None:
+            return self._training_pass(call, self._training_call)
+        results = self._methods.original(_PASS)(*call.args, **call.kwargs)
+        if self._validation_call is not None:
+            self.term.validate(self._batches.read(self._validation_call, results), call.arguments["latents"])
         return results
 
     def _training_pass(self, call: inspect.BoundArguments, batch: dict[str, Any]) -> Any:
-        """The trainer's own pass of a training batch; leaves the batch's term behind."""
-        run = self._originals["get_noise_pred_and_target"]
-        if self._config.timesteps == "unified":
-            self._term = self._unified_term(call, batch)
-            return run(*call.args, **call.kwargs)
+        """The trainer's own pass of a training batch, which it leaves in ``_passed``."""
+        forward = self._methods.original(_PASS)
         if self._config.timesteps == "shared":
-            done = self._passes.shared(run, call, batch["accelerator"])
-            self._term = self._terms.compute(batch, done.results, done.timestep, done.sample_mask)
-            return done.results
-        results = run(*call.args, **call.kwargs)
-        self._term = self._terms.compute(batch, results, self._terms.reported_timesteps(batch, results))
+            results = self._passes.shared(forward, call, self.term.plan)
+        else:
+            plan = self.term.plan(len(call.arguments["latents"]))
+            if plan.extra is not None:
+                self._extra_pass(call, batch, plan)
+            results = forward(*call.args, **call.kwargs)
+        self._passed = self._batches.read(batch, results)
         return results
+
+    def _extra_pass(self, call: inspect.BoundArguments, batch: dict[str, Any], plan: Plan) -> None:
+        assert plan.extra is not None
+        accelerator = batch["accelerator"]
+        results = self._passes.extra(self._methods.original(_PASS), call, accelerator, plan)
+        passed = self._batches.read(batch, results)._replace(timesteps=plan.extra)
+        # The graph of a trained text encoder is part of both passes; that of the extra pass ends with this method.
+        shares_graph = _have_a_graph(call.arguments["text_encoder_conds"])
+        self.term.extra_pass(passed, functools.partial(accelerator.backward, retain_graph=shares_graph))
 
     def _sample_images(self, *arguments: Any, **named: Any) -> Any:
         assert self._tokens is not None
-        call = self._bind("sample_images", *arguments, **named)
+        call = self._methods.bind("sample_images", *arguments, **named).arguments
         with self._tokens.while_sampling(call["accelerator"].unwrap_model(call["unet"])):
-            return self._originals["sample_images"](*arguments, **named)
+            return self._methods.original("sample_images")(*arguments, **named)
 
     def _all_reduce_network(self, *arguments: Any, **named: Any) -> Any:
         self._settle()
         self.step += 1
-        report.tell(self._share.after_step(self.step))
-        return self._originals["all_reduce_network"](*arguments, **named)
+        return self._methods.original("all_reduce_network")(*arguments, **named)
 
     def _generate_step_logs(self, *arguments: Any, **named: Any) -> Any:
-        logs = self._originals["generate_step_logs"](*arguments, **named)
-        self._settle()
-        return {**logs, **self._last_scalars}
+        logs = self._methods.original("generate_step_logs")(*arguments, **named)
+        return {**logs, **self._logs}
+
+    def _settle(self) -> None:
+        """Read the numbers of the step; raises NonFiniteLossError where one is not finite."""
+        metrics = self.term.settle(self.step + 1)
+        if metrics is not None:
+            self._logs = metrics.logs()
+            report.log(metrics.message)
 
     def _accelerator_logging(self, *arguments: Any, **named: Any) -> Any:
         assert self._validation is not None
-        call = self._signatures["accelerator_logging"].bind(*arguments, **named)
+        call = self._methods.bind("accelerator_logging", *arguments, **named)
         given = call.arguments
         given["logs"] = self._validation.join(given["accelerator"], given["logs"], given["step_value"])
-        return self._originals["accelerator_logging"](*call.args, **call.kwargs)
+        return self._methods.original("accelerator_logging")(*call.args, **call.kwargs)
 
     def _update_metadata(self, *arguments: Any, **named: Any) -> Any:
-        result = self._originals["update_metadata"](*arguments, **named)
-        call = self._bind("update_metadata", *arguments, **named)
+        result = self._methods.original("update_metadata")(*arguments, **named)
+        call = self._methods.bind("update_metadata", *arguments, **named).arguments
         if call["args"] is not self._args:
             return result
         metadata = call["metadata"]
@@ -210,47 +201,18 @@ class LossHook:
             metadata.update(guidance.file_metadata(self._config.guidance_token, self._tokens.features))
         return result
 
-    # The term
 
-    def _unified_term(self, call: inspect.BoundArguments, batch: dict[str, Any]) -> Term:
-        """The term of an extra pass at one timestep for the batch, propagated where that can be done at once."""
-        accelerator = batch["accelerator"]
-        done = self._passes.unified(self._originals["get_noise_pred_and_target"], call, accelerator)
-        term = self._terms.weighed(self._terms.compute(batch, done.results, done.timestep))
-        if not term.loss.total.requires_grad or not self._propagates_at_once(accelerator):
-            return term
-        # The graph of a trained text encoder is part of both passes; that of the extra pass ends with this method.
-        accelerator.backward(term.loss.total, retain_graph=_have_a_graph(call.arguments["text_encoder_conds"]))
-        loss = FrequencyLoss(*(number.detach() for number in term.loss))
-        return term._replace(loss=loss, prediction=term.prediction.detach(), target=term.target.detach())
-
-    def _propagates_at_once(self, accelerator: Any) -> bool:
-        """DeepSpeed counts backward passes to know when a step is due, so there must be one for each batch."""
-        if str(accelerator.distributed_type).rpartition(".")[2] != "DEEPSPEED":
-            return True
-        if not self._told_of_two_graphs:
-            self._told_of_two_graphs = True
-            report.tell(report.TWO_GRAPHS)
-        return False
-
-    def _validate(self, validation: ValidationReport, call: dict[str, Any], latents: Tensor, results: Any) -> None:
-        """Take a validation batch into the report."""
-        timesteps = self._terms.reported_timesteps(call, results)
-        validation.add(latents, results, self._terms.residual_scale(call, timesteps), timesteps)
-
-    # What the user sees of it
-
-    def _settle(self) -> None:
-        """Read the numbers that have arrived since the last call; raises NonFiniteLossError where one is not finite."""
-        for numbers in self._monitor.settle(self.step + 1):
-            self._share.add(numbers.share)
-            self._last_scalars = numbers.logs()
-
-    def _bind(self, name: str, *arguments: Any, **named: Any) -> dict[str, Any]:
-        bound = self._signatures[name].bind(*arguments, **named)
-        bound.apply_defaults()
-        return bound.arguments
+def _make_term(run: TrainingRun, config: FreqLossConfig, step: int) -> FrequencyTerm:
+    args = run.args
+    return FrequencyTerm(
+        config,
+        run.family.prediction_type(args),
+        seed=getattr(args, "seed", None),
+        first_batch=step * (getattr(args, "gradient_accumulation_steps", None) or 1),
+        process=process_index(),
+        max_train_steps=getattr(args, "max_train_steps", None),
+    )
 
 
 def _have_a_graph(conditions: Any) -> bool:
-    return any(isinstance(each, Tensor) and each.grad_fn is not None for each in conditions)
+    return any(isinstance(condition, Tensor) and condition.grad_fn is not None for condition in conditions)

@@ -287,13 +287,13 @@ def unsupported(trainer: type, looked_for: str, found: str) -> UnsupportedTraine
 
 def version(folder: Path) -> str:
     """Tag, commit and date of the checkout in ``folder``; "of an unknown version" without git."""
-    commands = (["describe", "--tags", "--always", "--long"], ["log", "-1", "--format=%cs"])
+    unknown = "of an unknown version"
+    if not (folder / ".git").exists():  # git would answer for a folder above it
+        return unknown
+    commands = ("describe --tags --always --long", "log -1 --format=%cs")
+    options: dict[str, Any] = {"cwd": folder, "capture_output": True, "text": True, "check": True}
     try:
-        done = [subprocess.run(["git", "-C", str(folder), *each], capture_output=True, text=True) for each in commands]
-    except OSError:
-        return "of an unknown version"
-    if not (folder / ".git").exists() or any(
-        each.returncode for each in done
-    ):  # or it is the folder of another program
-        return "of an unknown version"
-    return " of ".join(each.stdout.strip() for each in done)
+        printed = [subprocess.run(["git", *command.split()], **options).stdout.strip() for command in commands]
+    except (OSError, subprocess.CalledProcessError):
+        return unknown
+    return " of ".join(printed)

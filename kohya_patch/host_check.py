@@ -1,8 +1,8 @@
 """Checks an sd-scripts with its own code: ``python -m kohya_patch.host_check train_network.py`` in its folder.
 
 Used by ``install.py``. Imports every ``*train_network.py`` (no model is loaded), checks what `kohya_patch.host` assumes
-of its trainer, and prints one line of JSON, see `Report`. The argument makes this process look like a training to the
-.pth file of an installed plug-in.
+of its trainer, and prints one line of JSON, see `Report`. The argument makes this process look like a training run to
+the .pth file of an installed plug-in.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ def check_script(script: str) -> str | None:
     """
     try:
         module = importlib.import_module(script)
-    except Exception as error:  # whatever a foreign module raises
+    except Exception as error:  # noqa: BLE001 - whatever a foreign module raises
         return f"cannot be imported by this Python: {type(error).__name__}: {error}"
-    found = [cls for cls in vars(module).values() if getattr(cls, "__module__", None) == script]
-    trainer = next((cls for cls in found if isinstance(cls, type) and cls.__name__ in FAMILIES), None)
+    own = [cls for cls in vars(module).values() if getattr(cls, "__module__", None) == script]
+    trainer = next((cls for cls in own if isinstance(cls, type) and cls.__name__ in FAMILIES), None)
     if trainer is None:
         return f"has no trainer that this plug-in knows; it knows {', '.join(FAMILIES)}"
     family = FAMILIES[trainer.__name__]
@@ -61,7 +61,7 @@ def check_script(script: str) -> str | None:
 
 
 def check_is_early() -> bool:
-    """Whether a training with a misspelled option is stopped by the plug-in's own message before anything else happens.
+    """Whether a run with a misspelled option is stopped by the plug-in's own message before anything else happens.
 
     It is given no other option, so that sd-scripts itself cannot get further than to the first one that it looks for.
     """
@@ -70,7 +70,7 @@ def check_is_early() -> bool:
         trainer.train(argparse.Namespace(network_module=__package__, network_args=["freq_loss_metod=fft"]))
     except SystemExit as stopped:
         return "freq_loss: " in str(stopped.code)
-    except Exception:  # sd-scripts looked for an option of its own
+    except Exception:  # noqa: BLE001 - sd-scripts looked for an option of its own
         return False
     return False
 

@@ -8,80 +8,81 @@ import importlib.util
 import os
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import toml
 
 from freq_loss_plugin import ConfigError, FreqLossConfig
-from freq_loss_plugin.config import SECTION, check_section, parse_strings
+from freq_loss_plugin.options.config import SECTION, check_section, parse_strings
 
 from . import guidance, host, report
 from .hook import LossHook
 from .host import UnsupportedTrainerError
-from .trainers import FAMILIES, Family, Training, find_training
+from .trainers import FAMILIES, Family, TrainingRun, find_run
 
 OWN_NAME = "kohya_patch"
 
 
 def create_network(*arguments: Any, **network_args: Any) -> Any:
     """See `kohya_patch.create_network`."""
-    training = _running_training()
-    config = check(training)
-    module = _wrapped_module(config, training.family)
+    run = _require_run()
+    config = check(run)
+    module = _wrapped_module(config, run.family)
     network = module.create_network(*arguments, **_for_the_wrapped_module(network_args))
-    return _attach(network, training, config, module, arguments)
+    return _attach(network, run, config, module, arguments)
 
 
 def create_network_from_weights(*arguments: Any, **network_args: Any) -> Any:
     """See `kohya_patch.create_network_from_weights`."""
     # With for_inference the weights are merged into the model (base_weights) or used for images; nothing is trained.
     trains = not network_args.get("for_inference", False)
-    training = _running_training() if trains else find_training()
-    config = FreqLossConfig() if training is None else check(training)
-    family = None if training is None else training.family
+    run = _require_run() if trains else find_run()
+    config = FreqLossConfig() if run is None else check(run)
+    family = None if run is None else run.family
     module = _wrapped_module(config, family)
     network, weights = module.create_network_from_weights(*arguments, **_for_the_wrapped_module(network_args))
-    if training is not None and trains:
+    if run is not None and trains:
         # weights_sd or a file comes after the multiplier here; the text encoder is one place earlier.
-        network = _attach(network, training, config, module, (None, *arguments))
+        network = _attach(network, run, config, module, (None, *arguments))
     return network, weights
 
 
 def check_before_models_load() -> None:
-    """Run `check` for the training that is just starting (see `kohya_patch.startup`).
+    """Run `check` for the run that is just starting (see `kohya_patch.startup`).
 
     Raises:
         ConfigError: as `check`.
         UnsupportedTrainerError: as `check`, and where the script that is starting does not train on images.
     """
-    check(_running_training())
+    check(_require_run())
 
 
-def _running_training() -> Training:
-    training = find_training()
-    if training is None:
-        script = os.path.basename(sys.argv[0])
+def _require_run() -> TrainingRun:
+    run = find_run()
+    if run is None:
+        script = Path(sys.argv[0]).name
         raise UnsupportedTrainerError(
             f"network_module = {OWN_NAME!r} in {script}: the frequency loss needs batches of images that "
             "NetworkTrainer.train of a *train_network.py script of sd-scripts trains on, and no training of sd-scripts "
             "is running that way (train_leco.py and sdxl_train_leco.py train on prompts alone). "
             'Use train_network.py, sdxl_train_network.py, ..., or set network_module = "networks.lora"'
         )
-    return training
+    return run
 
 
-def check(training: Training) -> FreqLossConfig:
+def check(run: TrainingRun) -> FreqLossConfig:
     """Read and validate everything that can be known before a batch is seen.
 
     Raises:
         ConfigError: an option, or its combination with the trainer's own options, cannot work.
         UnsupportedTrainerError: this sd-scripts lacks what the options need.
     """
-    args, family = training.args, training.family
+    args, family = run.args, run.family
     config = read_config(args)
     _check_wrapped_name(_wrapped_name(config, family), family)
-    trainer = type(training.trainer)
+    trainer = type(run.trainer)
     host.check_methods(trainer)
     if config.enabled:
         _check_against_trainer(config, args, family)
@@ -119,8 +120,8 @@ def _toml_section(args: argparse.Namespace) -> Mapping[str, Any]:
     if not name:
         return {}
     # sd-scripts accepts the name with and without its ending, and strips it from args afterwards.
-    path = name if name.endswith(".toml") else f"{name}.toml"
-    if not os.path.exists(path):
+    path = Path(name if name.endswith(".toml") else f"{name}.toml")
+    if not path.exists():
         return {}
     section = toml.load(path).get(SECTION, {})
     return section if isinstance(section, Mapping) else {}
@@ -173,6 +174,11 @@ def _check_wrapped_name(name: str, family: Family) -> None:
 
 
 def _check_against_trainer(config: FreqLossConfig, args: argparse.Namespace, family: Family) -> None:
+    if getattr(args, "deepspeed", False) or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        raise ConfigError(
+            "deepspeed = true: the frequency loss has not been tried with DeepSpeed, which has rules of its own for "
+            "backward passes; train without it (several processes work), or set dist_match = 0"
+        )
     zero_terminal_snr = bool(getattr(args, "zero_terminal_snr", False))
     config.check_model(family.prediction_type(args), zero_terminal_snr=zero_terminal_snr)
     shape = getattr(args, "model_prediction_type", "raw")
@@ -208,13 +214,13 @@ def _smallest_side(resolution: Any) -> int | None:
 
 
 def _attach(
-    network: Any, training: Training, config: FreqLossConfig, module: ModuleType, arguments: tuple[Any, ...]
+    network: Any, run: TrainingRun, config: FreqLossConfig, module: ModuleType, arguments: tuple[Any, ...]
 ) -> Any:
     if network is None:
         return None  # sd-scripts stops here by itself
-    tokens = guidance.TokenGuidance(training, _text_width(arguments)) if config.guided else None
-    LossHook(training, config, module.__name__, tokens).install()
-    report.announce(training, config, module.__name__, tokens.features if tokens else None)
+    tokens = guidance.TokenGuidance(run, _text_width(arguments)) if config.guided else None
+    LossHook(run, config, module.__name__, tokens).install()
+    report.announce(run, config, module.__name__, tokens.features if tokens else None)
     return network
 
 

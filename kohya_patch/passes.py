@@ -4,112 +4,107 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
 from freq_loss_plugin import FreqLossConfig
-from freq_loss_plugin.step import separate_random_stream, shared_timesteps, stream_name, unified_timestep
+from freq_loss_plugin.training.passes import Plan
+from freq_loss_plugin.training.random_streams import separate_random_stream
+from freq_loss_plugin.training.timesteps import SampleDistributions
 
 from . import host
-from .timesteps import SampleDistributions, at_one_timestep, choosing_timesteps, coupled_timesteps
-from .trainers import Training
+from .protocols import Accelerator
+from .timesteps import TimestepChoice, at_one_timestep
+from .trainers import TrainingRun
 
 # sd-scripts casts its timesteps to the training dtype; bfloat16 has steps of 4 in 512..1000.
 _TIMESTEP_TOLERANCE = 4.0
 
 
-class Pass(NamedTuple):
-    """A pass of the trainer.
-
-    Attributes:
-        results: what ``get_noise_pred_and_target`` returned.
-        timestep: the one of the batch, None where the batch shares none in the window.
-        sample_mask: the samples that take it, shape (B,), boolean; None where all do.
-    """
-
-    results: Any
-    timestep: float | None
-    sample_mask: Tensor | None = None
-
-
 class TimestepPasses:
-    """Runs the passes of one training and counts them.
+    """Runs the passes of one run.
 
     Args:
-        training: the running training.
+        run: the run in progress.
         config: the options.
-        number: passes before this one, in a resumed training.
 
     Raises:
         UnsupportedTrainerError: the trainer draws its timesteps in an unknown way, and shared has to change them.
     """
 
-    def __init__(self, training: Training, config: FreqLossConfig, number: int) -> None:
-        self._trainer = type(training.trainer)
-        self._family = training.family
-        self._seed = getattr(training.args, "seed", None)
-        self._config = config
-        self._number = number
-        shares = config.enabled and config.timesteps == "shared"
-        self._drawing = host.drawing_function(self._trainer, self._family.prediction) if shares else None
-        self._timesteps_were_obeyed = False
+    def __init__(self, run: TrainingRun, config: FreqLossConfig) -> None:
+        self._trainer = type(run.trainer)
+        self._family = run.family
+        self._timesteps_were_checked = False
+        self._choice: TimestepChoice | None = None
+        if config.enabled and config.timesteps == "shared":
+            prediction = run.family.prediction
+            self._choice = TimestepChoice(prediction, host.drawing_function(self._trainer, prediction))
 
-    def unified(self, run: Callable[..., Any], call: inspect.BoundArguments, accelerator: Any) -> Pass:
-        """One more pass at one timestep for the batch; the noise differs between processes.
+    def extra(
+        self, forward: Callable[..., Any], call: inspect.BoundArguments, accelerator: Accelerator, plan: Plan
+    ) -> Any:
+        """One more pass, at the timestep that was planned for it; the noise differs between processes.
 
         Args:
-            run: the trainer's own ``get_noise_pred_and_target``.
+            forward: the trainer's own ``get_noise_pred_and_target``.
             call: the arguments of this batch.
             accelerator: the trainer's.
+            plan: for this batch.
+
+        Returns:
+            What the trainer's method returned.
 
         Raises:
             UnsupportedTrainerError: the trainer did not use the timestep.
         """
-        timestep = unified_timestep(self._config, self._seed, self._number)
-        stream = f"{stream_name(self._seed, self._number)}:{accelerator.process_index}"
-        self._number += 1
-        pinned = {**call.arguments, "args": at_one_timestep(call.arguments["args"], timestep)}
+        assert plan.extra is not None
+        pinned = {**call.arguments, "args": at_one_timestep(call.arguments["args"], plan.extra)}
         extra = inspect.BoundArguments(call.signature, pinned)
-        with separate_random_stream(stream, accelerator.device):
-            results = run(*extra.args, **extra.kwargs)
-        self._check_timesteps(results[2], [timestep] * len(results[2]))
-        return Pass(results, timestep)
+        with separate_random_stream(f"{plan.stream}:{accelerator.process_index}", accelerator.device):
+            results = forward(*extra.args, **extra.kwargs)
+        self._check_timesteps(results[2], [plan.extra] * len(results[2]))
+        return results
 
-    def shared(self, run: Callable[..., Any], call: inspect.BoundArguments, accelerator: Any) -> Pass:
+    def shared(self, forward: Callable[..., Any], call: inspect.BoundArguments, make_plan: Callable[..., Plan]) -> Any:
         """The trainer's pass, at one timestep inside the window for the batch, or at several outside it.
 
-        Args and errors are those of `unified`.
+        Args:
+            forward: as in `extra`.
+            call: as in `extra`.
+            make_plan: `FrequencyTerm.plan`.
+
+        Returns:
+            What the trainer's method returned.
+
+        Raises:
+            UnsupportedTrainerError: the trainer did not draw its timesteps once, or did not use those of the plan.
         """
-        name = f"{stream_name(self._seed, self._number)}:shared"
-        self._number += 1
-        chosen: list[tuple[Tensor, float | None, Tensor | None]] = []
+        assert self._choice is not None
+        chosen: list[Tensor] = []
 
         def choose(draw: Callable[[int], Tensor], count: int, own: SampleDistributions | None) -> Tensor:
-            process = accelerator.process_index
-            if own is None:
-                chosen.append((*shared_timesteps(draw, count, self._config, name, process), None))
-            else:
-                chosen.append(coupled_timesteps(draw, own, self._config, name, process))
-            return chosen[-1][0]
+            timesteps = make_plan(count, draw, own).timesteps
+            assert timesteps is not None
+            chosen.append(timesteps)
+            return timesteps
 
-        assert self._drawing is not None
-        with choosing_timesteps(self._family.prediction, self._drawing, choose):
-            results = run(*call.args, **call.kwargs)
+        with self._choice.made_by(choose):
+            results = forward(*call.args, **call.kwargs)
         if len(chosen) != 1:
-            raise host.unsupported(self._trainer, f"one call of {self._drawing.name} in a pass", str(len(chosen)))
-        timesteps, shared, sample_mask = chosen[0]
-        self._check_timesteps(results[2], timesteps.tolist())
-        return Pass(results, shared, sample_mask)
+            raise host.unsupported(self._trainer, f"one call of {self._choice.name} in a pass", str(len(chosen)))
+        self._check_timesteps(results[2], chosen[0].tolist())
+        return results
 
     def _check_timesteps(self, returned: Tensor, asked: list[float]) -> None:
-        """Once per training: did the trainer really use the timesteps that it was asked for?"""
-        if self._timesteps_were_obeyed:
+        """Once in a run: did the trainer really use the timesteps that it was asked for?"""
+        if self._timesteps_were_checked:
             return
-        found = (returned.detach().float() * self._family.timestep_scale).flatten().tolist()
-        if any(abs(one - other) > _TIMESTEP_TOLERANCE for one, other in zip(found, asked, strict=True)):
+        used = (returned.detach().float() * self._family.timestep_scale).flatten().tolist()
+        if any(abs(one - other) > _TIMESTEP_TOLERANCE for one, other in zip(used, asked, strict=True)):
             raise host.UnsupportedTrainerError(
-                f"asked {self._trainer.__name__} for timesteps {asked}, and got {found}: this sd-scripts draws "
+                f"asked {self._trainer.__name__} for timesteps {asked}, and got {used}: this sd-scripts draws "
                 "its timesteps in a way that kohya_patch does not know; set freq_loss_timesteps = 'own'"
             )
-        self._timesteps_were_obeyed = True
+        self._timesteps_were_checked = True

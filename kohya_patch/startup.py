@@ -18,7 +18,7 @@ import functools
 import sys
 from typing import Any
 
-from .host import FIRST_CALL, LIBRARY
+from .host import FIRST_CALL, LIBRARY, UnsupportedTrainerError
 
 
 def watch() -> None:
@@ -52,10 +52,10 @@ def _check_before(first_call: Any) -> Any:
     @functools.wraps(first_call)
     def checked(args: Any, *rest: Any, **named: Any) -> Any:
         if getattr(args, "network_module", None) == __package__:
-            from freq_loss_plugin import ConfigError
+            # Not before: Python reads this module whenever it starts.
+            from freq_loss_plugin import ConfigError  # noqa: PLC0415
 
-            from . import network
-            from .host import UnsupportedTrainerError
+            from . import network  # noqa: PLC0415
 
             try:
                 network.check_before_models_load()

@@ -1,7 +1,8 @@
 """Asks a trainer of sd-scripts for timesteps: one for a whole batch, or those that are chosen for its samples.
 
 In dev versions of sd-scripts a subset of images can ask for an offset (``timestep_sampling = { offset = -0.5 }``), by
-which FLUX and Anima draw its timesteps from another distribution. `coupled_timesteps` keeps these distributions.
+which FLUX and Anima draw its timesteps from another distribution; see
+`freq_loss_plugin.training.timesteps.coupled_timesteps`.
 """
 
 from __future__ import annotations
@@ -11,32 +12,18 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from freq_loss_plugin import FreqLossConfig
-from freq_loss_plugin.latents import NUM_TRAIN_TIMESTEPS
-from freq_loss_plugin.step import separate_random_stream
+from freq_loss_plugin.loss.latents import NUM_TRAIN_TIMESTEPS
+from freq_loss_plugin.training.random_streams import separate_random_stream
+from freq_loss_plugin.training.timesteps import SampleDistributions
 
 from .host import OFFSET, OFFSET_SAMPLINGS, CalledFunction, Prediction
 
 _CPU = torch.device("cpu")
-
-
-class SampleDistributions(NamedTuple):
-    """The distributions of a batch whose samples draw their timesteps from different ones.
-
-    Attributes:
-        draw: one timestep for each sample, from its own distribution, shape (B,), on the CPU and the scale 0..1000.
-        density_ratio: for one timestep per sample, shape (B,), the density of the sample's own distribution over that
-            of the base distribution, float64.
-    """
-
-    draw: Callable[[], Tensor]
-    density_ratio: Callable[[Tensor], Tensor]
-
 
 # Chooses the timesteps of a batch, shape (B,), on the scale 0..1000; is given how the trainer draws n of them on the
 # CPU, B, and the samples' own distributions where they differ from that.
@@ -53,7 +40,7 @@ def at_one_timestep(args: argparse.Namespace, timestep: int) -> argparse.Namespa
     - They also reshape the prediction by ``model_prediction_type``; ``raw`` leaves the velocity as it is.
 
     Args:
-        args: the arguments of the training; they stay as they are.
+        args: the arguments of the run; they stay as they are.
         timestep: on the scale 0..1000.
     """
     fixed = copy.copy(args)
@@ -64,9 +51,8 @@ def at_one_timestep(args: argparse.Namespace, timestep: int) -> argparse.Namespa
     return fixed
 
 
-@contextmanager
-def choosing_timesteps(prediction: Prediction, drawing: CalledFunction, choose: Choose) -> Iterator[None]:
-    """Give the samples of the trainer's passes chosen timesteps, as long as this lasts.
+class TimestepChoice:
+    """Makes a trainer's passes use chosen timesteps.
 
     The trainer's own drawing function is called for the draws, on the CPU and with empty latents of one channel, and
     once more for its result, so that what is drawn after it stays the same.
@@ -74,60 +60,26 @@ def choosing_timesteps(prediction: Prediction, drawing: CalledFunction, choose: 
     Args:
         prediction: what the trainer's model predicts.
         drawing: the trainer's function, see `host.drawing_function`.
-        choose: called once in each pass.
-    """
-    original = drawing.function
-    signature = inspect.signature(original)
-
-    def draw_chosen(*arguments: Any, **named: Any) -> Any:
-        given = signature.bind(*arguments, **named).arguments
-        if prediction == "scheduler":
-            return _choose_from_schedule(original, given, choose)
-        return _choose_noise_levels(prediction, original, given, choose)
-
-    with drawing.replaced_by(draw_chosen):
-        yield
-
-
-def coupled_timesteps(
-    draw: Callable[[int], Tensor], own: SampleDistributions, config: FreqLossConfig, name: str, process: int = 0
-) -> tuple[Tensor, float | None, Tensor]:
-    """`shared_timesteps` where samples have distributions of their own: as many as possible take the shared timestep.
-
-    The shared timestep t is drawn from the base distribution p, which is that of an offset of 0 and the same in all
-    processes. If it is in the window, sample i takes it with probability min(1, p_i(t) / p(t)), which is the maximal
-    coupling of both; otherwise it draws from what is left of p_i. So each sample's timestep is distributed as p_i.
-
-    Args:
-        draw: n timesteps from the base distribution, as for `shared_timesteps`.
-        own: the samples' distributions.
-        config: its window is used.
-        name: of the random stream.
-        process: number of this process.
-
-    Returns:
-        Timesteps of shape (B,), the shared one or None, and which samples take it, shape (B,), boolean.
     """
 
-    def inside(timesteps: Tensor) -> Tensor:
-        return (timesteps >= config.min_timestep) & (timesteps < config.max_timestep)
+    def __init__(self, prediction: Prediction, drawing: CalledFunction) -> None:
+        self._prediction, self._drawing = prediction, drawing
+        self._signature = inspect.signature(drawing.function)
+        self.name = drawing.name
 
-    with separate_random_stream(name, _CPU):
-        first = draw(1)
-    with separate_random_stream(f"{name}:{process}", _CPU):
-        timesteps = own.draw()
-        chance = torch.rand(len(timesteps), dtype=torch.float64)
-        takes = inside(first) & (chance < own.density_ratio(first.expand(len(timesteps))))
-        pending = ~takes
-        while True:
-            # What is left of p_i: outside the window all of it, inside p_i - min(p_i, p).
-            chance = torch.rand(len(timesteps), dtype=torch.float64)
-            pending &= inside(timesteps) & (chance * own.density_ratio(timesteps) < 1)
-            if not pending.any():
-                break
-            timesteps = torch.where(pending, own.draw(), timesteps)
-    shared = first.item() if inside(first).item() else None
-    return torch.where(takes, first.expand(len(timesteps)), timesteps), shared, takes
+    @contextmanager
+    def made_by(self, choose: Choose) -> Iterator[None]:
+        """As long as this lasts, ``choose`` decides; it is called once in each pass."""
+        original = self._drawing.function
+
+        def draw_chosen(*arguments: Any, **named: Any) -> Any:
+            given = self._signature.bind(*arguments, **named).arguments
+            if self._prediction == "scheduler":
+                return _choose_from_schedule(original, given, choose)
+            return _choose_noise_levels(self._prediction, original, given, choose)
+
+        with self._drawing.replaced_by(draw_chosen):
+            yield
 
 
 def _choose_from_schedule(original: Callable[..., Tensor], given: dict[str, Any], choose: Choose) -> Tensor:

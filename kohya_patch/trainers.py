@@ -6,15 +6,18 @@ What is assumed of the code of sd-scripts itself is in `kohya_patch.host`.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeGuard
 
-from freq_loss_plugin.latents import NUM_TRAIN_TIMESTEPS, PredictionType
+from freq_loss_plugin.loss.latents import NUM_TRAIN_TIMESTEPS, PredictionType
 
 from .host import DATASET_GROUPS, Prediction
+from .protocols import Trainer
 
 
 @dataclass(frozen=True)
@@ -57,13 +60,13 @@ FAMILIES: dict[str, Family] = {
 
 
 @dataclass(frozen=True)
-class Training:
-    """A training that is under way: the trainer, the arguments it was started with, and its data sets.
+class TrainingRun:
+    """A run in progress: the trainer, the arguments it was started with, and its data sets.
 
     ``validates`` is whether some of these are for validation.
     """
 
-    trainer: Any
+    trainer: Trainer
     args: argparse.Namespace
     batch_sizes: tuple[int, ...] = ()
     datasets: tuple[Any, ...] = ()
@@ -75,8 +78,8 @@ class Training:
         return next(FAMILIES[cls.__name__] for cls in type(self.trainer).__mro__ if cls.__name__ in FAMILIES)
 
 
-def find_training() -> Training | None:
-    """The training on whose behalf this function is called, or None.
+def find_run() -> TrainingRun | None:
+    """The run that calls this function, or None.
 
     sd-scripts hands a network module neither its trainer nor its arguments, but it calls it from
     ``trainer.train(args)``, and that call is on the stack.
@@ -89,29 +92,33 @@ def find_training() -> Training | None:
             groups = [frame.f_locals.get(name) for name in DATASET_GROUPS]
             trained, validated = (getattr(group, "datasets", []) for group in groups)
             sizes = tuple(dataset.batch_size for dataset in trained if hasattr(dataset, "batch_size"))
-            return Training(trainer, args, sizes, (*trained, *validated), validates=bool(validated))
+            return TrainingRun(trainer, args, sizes, (*trained, *validated), validates=bool(validated))
     return None
 
 
 def first_step(args: argparse.Namespace) -> int:
-    """How many optimizer steps a resumed training has behind it, as sd-scripts counts them."""
-    import json
-    import os
-
+    """How many optimizer steps a resumed run has behind it, as sd-scripts counts them."""
     if getattr(args, "initial_step", None):
         return int(args.initial_step)
-    state = os.path.join(getattr(args, "resume", None) or "", "train_state.json")
-    if not getattr(args, "resume", None) or not os.path.exists(state):
+    folder = getattr(args, "resume", None)
+    state = Path(folder or "") / "train_state.json"
+    if not folder or not state.exists():
         return 0
-    with open(state, encoding="utf-8") as file:
-        return int(json.load(file)["current_step"])
+    return int(json.loads(state.read_text(encoding="utf-8"))["current_step"])
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that talks and saves."""
-    from accelerate import PartialState
+    """Whether this is the process that logs and saves."""
+    from accelerate import PartialState  # noqa: PLC0415 - install.py reads this module without accelerate
 
     return PartialState().is_main_process
+
+
+def process_index() -> int:
+    """The number of this process."""
+    from accelerate import PartialState  # noqa: PLC0415
+
+    return PartialState().process_index
 
 
 def _callers() -> Iterator[FrameType]:
@@ -121,5 +128,5 @@ def _callers() -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-def _is_network_trainer(trainer: Any) -> bool:
+def _is_network_trainer(trainer: Any) -> TypeGuard[Trainer]:
     return any(cls.__name__ in FAMILIES for cls in type(trainer).__mro__)

@@ -1,8 +1,8 @@
-"""The ComfyUI adapter: nine nodes, each a thin layer over a function of `freq_loss_plugin`.
+"""The ComfyUI nodes, each a thin layer over a function of `freq_loss_plugin`.
 
 Read it in this order: `core` (what is assumed of ComfyUI), `schema`, `inputs` and `formats` (what several nodes share),
 `lora_files` and `lora_fit` (LoRA files, and whether they fit a model), then the nodes: `bands`, `analysis`,
-`lora_loader`, `lora_gate`, `guidance`.
+`lora_loader`, `lora_gate` (with `lora_branches`), `guidance_token`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from comfy_api.latest import ComfyExtension, io
 
 from .analysis import BandLoss, BandPreview, SpectrumCompare
 from .bands import BandMerge, BandOperation, BandSplit
-from .guidance import GuidanceToken
+from .guidance_token import GuidanceToken
 from .lora_gate import LoraBandGate
 from .lora_loader import LoraLoader
 
-# The ids are written into everyone's workflows and never change.
+# Their ids are saved in everyone's workflows and never change.
 NODES: list[type[io.ComfyNode]] = [
     BandSplit,
     BandMerge,
@@ -33,7 +33,7 @@ NODES: list[type[io.ComfyNode]] = [
 
 
 class FreqLossExtension(ComfyExtension):
-    """Tells ComfyUI which nodes there are."""
+    """The list of nodes, for ComfyUI."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Return the classes of all nodes."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import operator
 from collections.abc import Callable
 from typing import Any
 
 OLDEST = "0.3.64"
 
-# "module:name"; the nodes beside `ALL_NODES` check theirs when they run.
+# Entries "module:name". Those of all nodes are checked at import, the others when a node that needs them runs.
 ALL_NODES = (
     "comfy_api.latest:ComfyExtension",
     "comfy_api.latest:io.Schema",
@@ -42,14 +43,14 @@ GATE = (
     "comfy.model_patcher:ModelPatcher.add_callback_with_key",
 )
 
-# Where core's nodes put themselves between sampler and model, as kind and key of a wrapper. TorchCompileModel exchanges
-# the model for a compiled one; EasyCache answers for the model.
-COMPILE = ("APPLY_MODEL", "torch.compile")
-CACHE = ("DIFFUSION_MODEL", "easycache")
+# Wrappers, as (type, key), that core's nodes put between sampler and model. TorchCompileModel replaces the model by a
+# compiled one; EasyCache reuses earlier predictions in place of a model call.
+TORCH_COMPILE = ("APPLY_MODEL", "torch.compile")
+EASY_CACHE = ("DIFFUSION_MODEL", "easycache")
 
-# Keywords that newer versions brought, left out where the installed one does not know them. One unknown keyword makes
-# ComfyUI drop the whole pack, so any other is a mistake of ours. lora_metadata: 0.22.
-_NEWER = {"search_aliases", "advanced", "essentials_category", "lora_metadata"}
+# Keywords of newer versions, dropped where the installed one does not know them. A single unknown keyword keeps ComfyUI
+# from loading the pack, so any other is a mistake of ours. lora_metadata: 0.22.
+_NEWER_KEYWORDS = {"search_aliases", "advanced", "essentials_category", "lora_metadata"}
 
 
 def version() -> str:
@@ -65,10 +66,10 @@ def require(names: tuple[str, ...], user: str = "freq_loss_plugin") -> None:
 
     Args:
         names: entries "module:name".
-        user: what needs them, for the message.
+        user: the node or pack that needs them, for the message.
 
     Raises:
-        ImportError: something is missing; names it, and ComfyUI's version.
+        ImportError: something is missing; the message names it, and ComfyUI's version.
     """
     missing = [name for name in names if not _has(name)]
     if missing:
@@ -78,22 +79,23 @@ def require(names: tuple[str, ...], user: str = "freq_loss_plugin") -> None:
         )
 
 
-def call(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-    """Call a function of ComfyUI without those keywords that only newer versions know."""
-    known = inspect.signature(function).parameters
-    return function(*arguments, **{name: value for name, value in named.items() if name in known or name not in _NEWER})
+def call_supported(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function of ComfyUI without those keywords that only newer versions support."""
+    supported = inspect.signature(function).parameters
+    dropped = _NEWER_KEYWORDS - supported.keys()
+    return function(*args, **{name: value for name, value in kwargs.items() if name not in dropped})
 
 
-def is_wrapped(options: dict[str, Any], wrapper: tuple[str, str]) -> bool:
-    """Whether one of core's nodes is between sampler and model.
+def has_wrapper(model_options: dict[str, Any], wrapper: tuple[str, str]) -> bool:
+    """Whether one of core's nodes has put a wrapper between sampler and model.
 
     Args:
-        options: the options that come with a model's call.
-        wrapper: `COMPILE` or `CACHE`.
+        model_options: the options that a model is called with.
+        wrapper: `TORCH_COMPILE` or `EASY_CACHE`.
     """
-    kind, key = wrapper
-    kinds = importlib.import_module("comfy.patcher_extension").WrappersMP
-    return key in options.get("transformer_options", {}).get("wrappers", {}).get(getattr(kinds, kind), {})
+    name, key = wrapper
+    wrapper_type = getattr(importlib.import_module("comfy.patcher_extension").WrappersMP, name)
+    return key in model_options.get("transformer_options", {}).get("wrappers", {}).get(wrapper_type, {})
 
 
 def keeps_lora_metadata() -> bool:
@@ -102,16 +104,14 @@ def keeps_lora_metadata() -> bool:
 
 
 def is_int8(layer: Any) -> bool:
-    """Whether ComfyUI keeps a layer's weight in INT8, and may compute it without calling the layer (0.33)."""
+    """Whether a layer's weight is in INT8, where ComfyUI may compute its output without calling it (0.33)."""
     return getattr(getattr(layer, "weight", None), "_layout_cls", None) == "TensorWiseINT8Layout"
 
 
 def _has(name: str) -> bool:
     module, _, path = name.partition(":")
     try:
-        found: Any = importlib.import_module(module)
-        for part in path.split("."):
-            found = getattr(found, part)
+        operator.attrgetter(path)(importlib.import_module(module))
     except (ImportError, AttributeError):
         return False
     return True

@@ -1,4 +1,4 @@
-"""Schemas that every core accepts: keywords that newer versions brought are left out where unknown (see `core`)."""
+"""Schemas that every supported ComfyUI accepts: keywords of newer versions are dropped where unknown (see `core`)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ CATEGORY = "FreqLoss"
 
 
 def schema(**options: Any) -> io.Schema:
-    """Make an `io.Schema` in our category."""
-    return core.call(io.Schema, category=CATEGORY, **options)
+    """Make an `io.Schema` in this pack's category."""
+    return core.call_supported(io.Schema, category=CATEGORY, **options)
 
 
-def widget(kind: Any, name: str, **options: Any) -> io.Input:
+def widget(io_type: Any, name: str, **options: Any) -> io.Input:
     """Make an input, for instance ``widget(io.Float, "gain", default=1.0, tooltip=...)``."""
-    return core.call(kind.Input, id=name, **options)
+    return core.call_supported(io_type.Input, id=name, **options)

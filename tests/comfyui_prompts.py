@@ -26,7 +26,7 @@ BAND_INPUTS = ["method", "wavelet", "levels", "cutoff"]
 
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory):
-    """Calls nodes in a ComfyUI without its server; what they return, or "ErrorName: message"."""
+    """Calls nodes in a ComfyUI without its server; returns their outputs, or "ErrorName: message"."""
     folder = tmp_path_factory.mktemp("nodes")
     (folder / "custom_nodes").mkdir()
     (folder / "custom_nodes" / "freq_loss_plugin").symlink_to(ROOT, target_is_directory=True)
@@ -53,7 +53,7 @@ def nodes(tmp_path_factory):
 
 
 def in_comfyui(code):
-    """Run code inside a real ComfyUI, where ``pack(NAME)`` is a module of nodes/; what it leaves in ``answer``."""
+    """Run code inside a real ComfyUI, where ``pack(NAME)`` is a module of nodes/; returns its variable ``answer``."""
     script = TESTS / "comfyui_host" / "inside.py"
     command = [sys.executable, str(script), str(hosts.comfyui()), textwrap.dedent(code)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -66,7 +66,7 @@ def latent(*shape, dtype=torch.float32, **more):
 
 
 def sampling(model, clip=None, *, steps=4, cfg=3.0, negative="", **more):
-    """A prompt that samples the embedded model; node "latent" saves what comes out. ``more``: nodes by name."""
+    """A prompt that samples with the toy model and saves the latents; ``more`` are further nodes by name."""
     clip = clip or ["checkpoint", 1]
     return {
         "checkpoint": node("CheckpointLoaderSimple", ckpt_name=CHECKPOINT),
@@ -134,7 +134,7 @@ def gate(low, high, start=0.0, end=1.0, model=("checkpoint", 0), **options):
 
 @pytest.fixture
 def sample(comfyui_server):
-    """Runs a prompt; the latents that it saved, and what its nodes showed."""
+    """Runs a prompt; returns the latents that it saved, and what its nodes showed."""
 
     def run(prompt):
         shown = comfyui_server.run(prompt)
@@ -146,7 +146,7 @@ def sample(comfyui_server):
 
 
 def other_kind(kind):
-    """A LoRA of another kind for two layers of the embedded model, one of them a convolution."""
+    """A LoRA of another kind for two layers of the toy model, one of them a convolution."""
 
     def values(*shape):
         return torch.randn(shape, generator=generator) * 0.8
@@ -155,11 +155,11 @@ def other_kind(kind):
     linear = "lora_unet_up_blocks_3_attentions_2_transformer_blocks_0_attn1_to_out_0"
     conv = "lora_unet_up_blocks_3_resnets_2_conv2"
     if kind == "loha":
-        made = {}
+        weights = {}
         for name, inputs in ((linear, 32), (conv, 32 * 9)):
             for part, shape in (("w1_a", (32, 2)), ("w1_b", (2, inputs)), ("w2_a", (32, 2)), ("w2_b", (2, inputs))):
-                made[f"{name}.hada_{part}"] = values(*shape)
-        return made
+                weights[f"{name}.hada_{part}"] = values(*shape)
+        return weights
     if kind == "lokr":
         return {f"{linear}.lokr_w1": values(8, 8), f"{linear}.lokr_w2": values(4, 4)}
     if kind == "tucker":

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -20,7 +24,7 @@ def _seed():
 
 @pytest.fixture(scope="session")
 def material(tmp_path_factory):
-    """A small model, a tokenizer and six photos, for real trainings in sd-scripts."""
+    """A small model, a tokenizer and six photos, for real training runs in sd-scripts."""
     import hosts
 
     hosts.sd_scripts()
@@ -45,31 +49,91 @@ def sd_scripts(material):
 
 
 @pytest.fixture(scope="session")
+def plain_run(sd_scripts, tmp_path_factory):
+    """sd-scripts without the plug-in."""
+    run = sd_scripts.train(tmp_path_factory.mktemp("plain"))
+    assert run.returncode == 0, run.output
+    return run
+
+
+@pytest.fixture(scope="module")
+def stand_ins():
+    """`sd_scripts_host/stand_ins.py`: the trainers of a checkout of sd-scripts with stand-in denoisers."""
+    import hosts
+
+    folders = [str(hosts.sd_scripts()), str(Path(__file__).parent / "sd_scripts_host")]
+    sys.path[:0] = folders
+    level = logging.getLogger().level
+    yield importlib.import_module("stand_ins")
+    for folder in folders:
+        sys.path.remove(folder)
+    logging.getLogger().setLevel(level)
+
+
+@pytest.fixture(scope="session")
+def noise_images(tmp_path_factory):
+    """Six captioned images of noise in kohya's layout, one of them twice per epoch."""
+    folder = tmp_path_factory.mktemp("data")
+    generator = np.random.default_rng(0)
+    for name, count in (("1_noise", 5), ("2_more", 1)):
+        (folder / name).mkdir()
+        for i in range(count):
+            pixels = generator.integers(0, 256, size=(64, 64, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+            (folder / name / f"{i}.txt").write_text(f"noise, number {i}")
+    return folder
+
+
+@pytest.fixture
+def make_settings(noise_images, tmp_path):
+    """Settings of a short run of the engine on the toy model and `noise_images`; keyword arguments change them."""
+    from freq_loss_plugin.engine.settings import Settings
+    from freq_loss_plugin.toy_model import model_folder
+
+    def make(**changes):
+        values = {
+            "pretrained_model_name_or_path": str(model_folder()),
+            "train_data_dir": str(noise_images),
+            "caption_extension": ".txt",
+            "resolution": "64",
+            "train_batch_size": 2,
+            "learning_rate": 1e-3,
+            "max_train_steps": 4,
+            "output_dir": str(tmp_path / "output"),
+            "output_name": "lora",
+        }
+        return Settings(**(values | changes))
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """The embedded default, for a few steps at a high rate, so that the LoRA changes something; its config.toml too."""
-    return train_embedded(tmp_path_factory.mktemp("embedded"), max_train_steps=4)
+    """A few steps on the toy model at a high learning rate, so that the LoRA has an effect."""
+    return train_toy_model(tmp_path_factory.mktemp("toy_model"), max_train_steps=4)
 
 
 @pytest.fixture(scope="session")
 def trained_with_token(tmp_path_factory):
-    """The same with a guidance token; its LoRA carries the mean of the pictures' features."""
-    return train_embedded(tmp_path_factory.mktemp("guided"), max_train_steps=1, guidance_token=True)
+    """The same with a guidance token; its LoRA carries the mean of the images' features."""
+    return train_toy_model(tmp_path_factory.mktemp("guided"), max_train_steps=1, guidance_token=True)
 
 
-def train_embedded(folder, **changes):
-    from freq_loss_plugin.engine import demo, settings, training
+def train_toy_model(folder, **changes):
+    """Train on the demo's images; its settings are also written to config.toml."""
+    from freq_loss_plugin.engine import demo, run, settings
 
     prepared = demo.prepare(folder, "weave")
-    made, loss = settings.read(prepared.values | {"learning_rate": 5e-3} | changes)
+    run_settings, loss = settings.read(prepared.values | {"learning_rate": 5e-3} | changes)
     if loss.guided:
         prepared.extract_features()
-    (folder / "config.toml").write_text(settings.as_toml(made, loss))
-    return training.train(made, loss)
+    (folder / "config.toml").write_text(settings.as_toml(run_settings, loss))
+    return run.train(run_settings, loss)
 
 
 @pytest.fixture(scope="session")
 def comfyui_server(trained, trained_with_token, tmp_path_factory):
-    """A running ComfyUI with the pack, the embedded model as a checkpoint, and LoRAs of the engine."""
+    """A running ComfyUI with the pack, the toy model as a checkpoint, and LoRAs of the engine."""
     import shutil
 
     import hosts
@@ -77,7 +141,7 @@ def comfyui_server(trained, trained_with_token, tmp_path_factory):
     sys.path.insert(0, str(Path(__file__).parent / "comfyui_host"))
     from server import Server
 
-    from freq_loss_plugin.embedded import model_folder
+    from freq_loss_plugin.toy_model import model_folder
 
     comfyui = hosts.comfyui()
     server = Server(comfyui, tmp_path_factory.mktemp("comfyui"), model_folder())
@@ -89,7 +153,7 @@ def comfyui_server(trained, trained_with_token, tmp_path_factory):
     server.stop()
 
 
-_exit_status: int | None = None
+_exit_status = 0
 
 
 def pytest_sessionfinish(session, exitstatus):
@@ -99,13 +163,12 @@ def pytest_sessionfinish(session, exitstatus):
 
 @pytest.hookimpl(trylast=True)
 def pytest_unconfigure(config):
-    """Leave without Python's own clean-up once everything has been told.
+    """Leave without Python's own cleanup where sd-scripts was imported into this process.
 
-    The native libraries that sd-scripts brings into this process can crash in it (seen once: a segmentation fault after
-    the last of 450 passed tests), which would turn the exit status into that of a failure.
+    The native libraries that it brings can crash during that cleanup (seen once: a segmentation fault after the last of
+    450 passed tests), which would turn the exit status into that of a failure.
     """
-    if _exit_status is None:
-        return  # no session: pytest has something to say about its command line
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(_exit_status)
+    if "library.train_util" in sys.modules:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(_exit_status)

@@ -1,4 +1,4 @@
-"""The nodes in a real ComfyUI: what there is, sampling with them, and the example workflows."""
+"""The nodes in a real ComfyUI: their schemas, sampling with them, and the example workflows."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ import torch
 from comfyui_prompts import BAND_INPUTS, BANDS, ROOT, core, in_comfyui, loader, node, sampling
 from safetensors.torch import load_file, save_file
 
-from freq_loss_plugin import FreqLossConfig
-from freq_loss_plugin.shaping import split_bands
+from freq_loss_plugin import BandSpec, FreqLossConfig
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.filterwarnings("default")]
 
 sample = comfyui_prompts.sample
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
 
-# Ids and inputs are in everyone's workflows: this table changes only by addition, and an addition is optional.
+# Ids and inputs are saved in everyone's workflows: this table only grows, and by optional inputs only.
 FROZEN = {
     "FreqLoss_BandSplit": (["samples", *BAND_INPUTS], ["latent_format"], ["LATENT", "LATENT", "IMAGE"]),
     "FreqLoss_BandMerge": (["low", "high", "low_gain", "high_gain"], [], ["LATENT"]),
@@ -62,10 +61,10 @@ def object_info(comfyui_server):
     return comfyui_server.get("/object_info")
 
 
-# -- what there is ----------------------------------------------------------------------------------------------------
+# -- schemas --------------------------------------------------------------------------------------------------------
 
 
-def test_every_node_is_there_with_the_inputs_that_workflows_rely_on(object_info):
+def test_every_node_has_the_inputs_and_outputs_that_workflows_rely_on(object_info):
     ours = {name: info for name, info in object_info.items() if name.startswith("FreqLoss")}
     assert ours.keys() == FROZEN.keys()
     for name, (required, optional, outputs) in FROZEN.items():
@@ -105,14 +104,14 @@ def test_the_defaults_of_the_nodes_are_those_of_the_loss(object_info):
 
 
 def test_every_wavelet_can_be_chosen(object_info):
-    from freq_loss_plugin.wavelet_library import discrete_wavelets
+    from freq_loss_plugin.loss.wavelet_library import discrete_wavelets
 
     _, options = object_info["FreqLoss_BandSplit"]["input"]["required"]["wavelet"]
     assert tuple(options["options"]) == discrete_wavelets()
 
 
 def test_a_comfyui_that_lacks_something_is_named_with_its_version():
-    said = in_comfyui(
+    version, of_one_node, of_all = in_comfyui(
         """
         import comfy.patcher_extension
         import comfy.utils
@@ -121,14 +120,13 @@ def test_a_comfyui_that_lacks_something_is_named_with_its_version():
         answer = [comfyui_version.__version__]
         core = pack("core")
         del comfy.patcher_extension.WrappersMP.CALC_COND_BATCH, comfy.utils.ProgressBar
-        for ask in (lambda: core.require(core.GATE, "LoraBandGate"), lambda: core.require(core.ALL_NODES)):
+        for arguments in ((core.GATE, "LoraBandGate"), (core.ALL_NODES,)):
             try:
-                ask()
+                core.require(*arguments)
             except ImportError as error:
                 answer.append(str(error))
         """
     )
-    version, of_one_node, of_all = said
     assert of_one_node.startswith(
         f"LoraBandGate does not work with this ComfyUI ({version}), which lacks "
         "comfy.patcher_extension:WrappersMP.CALC_COND_BATCH; expected 0.3.64 or newer"
@@ -142,23 +140,23 @@ def test_a_comfyui_that_lacks_something_is_named_with_its_version():
 def test_the_operation_shapes_the_guidance_of_every_step(sample):
     """With one step, guidance g and gains (1, h): x = u + g·(low(c - u) + h·high(c - u))."""
 
-    def made(cfg, **operation):
+    def sampled(cfg, **operation):
         if not operation:
             return sample(sampling(["checkpoint", 0], steps=1, cfg=cfg))[0]
         shaped = node("LatentApplyOperationCFG", model=["checkpoint", 0], operation=["operation", 0])
         operation = node("FreqLoss_BandOperation", **operation, **BANDS)
         return sample(sampling(["shaped", 0], steps=1, cfg=cfg, shaped=shaped, operation=operation))[0]
 
-    conditional, guided = made(1.0), made(3.0)
+    conditional, guided = sampled(1.0), sampled(3.0)
     difference = (guided - conditional) / 2  # c - u
     unconditional = conditional - difference
-    low, high = split_bands(difference, FreqLossConfig())
+    low, high = BandSpec().split(difference)
     expected = unconditional + 3 * (low + 2.5 * high)
-    torch.testing.assert_close(made(3.0, low_gain=1.0, high_gain=2.5), expected, atol=3e-4, rtol=1e-3)
+    torch.testing.assert_close(sampled(3.0, low_gain=1.0, high_gain=2.5), expected, atol=3e-4, rtol=1e-3)
 
 
 def test_a_sheet_of_latents_decodes_them_where_there_is_a_vae(comfyui_server):
-    """The panel of the original is the decoded latent; without a VAE it is made of its 16 × 16 colours."""
+    """The panel of the original is the decoded latent; without a VAE it consists of 16 × 16 colors."""
     import numpy as np
     from PIL import Image
 
@@ -166,38 +164,38 @@ def test_a_sheet_of_latents_decodes_them_where_there_is_a_vae(comfyui_server):
     prompt = sampling(
         ["checkpoint", 0],
         decoded=node("VAEDecode", samples=["sampler", 0], vae=["checkpoint", 2]),
-        picture=node("PreviewImage", images=["decoded", 0]),
+        image=node("PreviewImage", images=["decoded", 0]),
         with_vae=node("FreqLoss_BandPreview", vae=["checkpoint", 2], **preview),
         without=node("FreqLoss_BandPreview", **preview),
     )
     shown = comfyui_server.run(prompt)
 
     def pixels(name):
-        with Image.open(comfyui_server.pictures(shown[name])[0]) as opened:
+        with Image.open(comfyui_server.images(shown[name])[0]) as opened:
             return np.asarray(opened.convert("RGB"), dtype=float)
 
-    picture, sheet, plain = (pixels(name) for name in ("picture", "with_vae", "without"))
-    assert len(shown["with_vae"]["images"]) == len(shown["picture"]["images"]) == 2
+    image, sheet, plain = (pixels(name) for name in ("image", "with_vae", "without"))
+    assert len(shown["with_vae"]["images"]) == len(shown["image"]["images"]) == 2
 
-    def nearest(whole):
-        """How near the picture comes to any place of the sheet, as a mean difference of 0..255."""
-        high, wide = whole.shape[0] - 128, whole.shape[1] - 128
-        corners = ((y, x) for y in range(0, min(high, 60)) for x in range(0, min(wide, 90)))
-        return min(abs(whole[y : y + 128, x : x + 128] - picture).mean() for y, x in corners)
+    def smallest_difference(sheet):
+        """The mean difference, 0..255, of the image and the most similar region of the sheet."""
+        height, width = sheet.shape[0] - 128, sheet.shape[1] - 128
+        corners = ((y, x) for y in range(min(height, 60)) for x in range(min(width, 90)))
+        return min(abs(sheet[y : y + 128, x : x + 128] - image).mean() for y, x in corners)
 
-    assert nearest(sheet) < 1
-    assert nearest(plain) > 5
+    assert smallest_difference(sheet) < 1
+    assert smallest_difference(plain) > 5
 
 
 def test_a_guidance_token_reaches_the_sampler(comfyui_server, trained, sample):
-    from freq_loss_plugin import guidance
+    from freq_loss_plugin.guidance_token import features as guidance
 
     name = "guided.safetensors"
     features = guidance.Features({}, "clip@1", torch.randn(64, generator=torch.Generator().manual_seed(1)) * 3)
     metadata = guidance.file_metadata(8.0, features)
     save_file(load_file(trained.lora), comfyui_server.folder / "models" / "loras" / name, metadata)
 
-    def made(strength):
+    def sampled(strength):
         token = node("FreqLoss_GuidanceToken", conditioning=["words", 0], lora_name=name, strength=strength)
         words = node("CLIPTextEncode", clip=["checkpoint", 1], text="a red circle in the centre on white with checks")
         prompt = sampling(["lora", 0], lora=loader(name=name), words=words, token=token)
@@ -205,25 +203,25 @@ def test_a_guidance_token_reaches_the_sampler(comfyui_server, trained, sample):
         return sample(prompt)
 
     expected, _ = sample(sampling(["lora", 0], lora=core(1.0, name=name)))
-    unguided, shown = made(0.0)
+    unguided, shown = sampled(0.0)
     assert torch.equal(unguided, expected)
     (text,) = shown["lora"]["text"]  # the next run has it from the cache, and newer versions then show nothing
-    guided, shown = made(1.0)
+    guided, shown = sampled(1.0)
     assert (guided - expected).abs().max() > 0.05
-    assert shown["token"]["text"] == ["mean of the training pictures by clip@1, 64 wide"]
+    assert shown["token"]["text"] == ["mean of the training images by clip@1, 64 wide"]
     assert text.startswith("WARNING: trained with a guidance token: ")
     assert "put the node Guidance Token behind the positive prompt" in text
     assert "guidance token: yes, features by clip@1" in text
 
 
-def test_long_work_can_be_cancelled(comfyui_server):
+def test_a_running_node_can_be_canceled(comfyui_server):
     import time
 
     from server import PromptError
 
-    picture, many = node("LoadImage", image="example.png"), node("RepeatImageBatch", image=["picture", 0], amount=200)
+    image, many = node("LoadImage", image="example.png"), node("RepeatImageBatch", image=["image", 0], amount=200)
     compared = node("FreqLoss_SpectrumCompare", a=["many", 0], b=["many", 0], **BANDS)
-    prompt_id = comfyui_server.queue({"picture": picture, "many": many, "compared": compared})
+    prompt_id = comfyui_server.queue({"image": image, "many": many, "compared": compared})
     while not comfyui_server.get("/queue")["queue_running"]:
         time.sleep(0.05)
     time.sleep(2)
@@ -241,7 +239,7 @@ def test_there_are_workflows_with_thumbnails():
     assert len(WORKFLOWS) >= 5
     for file in WORKFLOWS:
         assert file.with_suffix(".jpg").stat().st_size > 10_000
-    used = {each["type"] for file in WORKFLOWS for each in json.loads(file.read_text())["nodes"]}
+    used = {entry["type"] for file in WORKFLOWS for entry in json.loads(file.read_text())["nodes"]}
     assert used >= FROZEN.keys()
 
 
@@ -251,14 +249,14 @@ def test_every_workflow_runs(comfyui_server, object_info, file):
     from server import api_prompt
 
     prompt = api_prompt(json.loads(file.read_text()), comfyui_server.get("/object_info"))
-    for each in prompt.values():
-        # The embedded model draws pictures of 128 × 128; whoever has SD1.5 runs it at 512.
-        if each["class_type"] == "EmptyLatentImage":
-            each["inputs"].update(width=128, height=128)
+    for entry in prompt.values():
+        # The toy model generates 128 × 128 pixels; the workflows are for SD1.5 at 512.
+        if entry["class_type"] == "EmptyLatentImage":
+            entry["inputs"].update(width=128, height=128)
     shown = comfyui_server.run(prompt)
-    pictures = [file for outputs in shown.values() if "images" in outputs for file in comfyui_server.pictures(outputs)]
-    assert pictures
-    for picture in pictures:
-        with Image.open(picture) as opened:
+    images = [file for outputs in shown.values() if "images" in outputs for file in comfyui_server.images(outputs)]
+    assert images
+    for image in images:
+        with Image.open(image) as opened:
             darkest, brightest = opened.convert("L").getextrema()
-        assert brightest - darkest > 30, picture
+        assert brightest - darkest > 30, image

@@ -68,15 +68,15 @@ def test_a_missing_node_would_be_seen(page):
     assert page.load(workflow) == ["FreqLoss_Nowhere"]
 
 
-def test_the_browser_runs_a_workflow_and_shows_its_texts_and_pictures(page):
+def test_the_browser_runs_a_workflow_and_shows_its_texts_and_images(page):
     page.load(json.loads(WORKFLOWS[1].read_text(encoding="utf-8")), "run")
     page.run()
-    pictures, texts = page.page.evaluate(
+    images, texts = page.page.evaluate(
         """() => { const node = app.graph._nodes.find(n => n.type === 'FreqLoss_BandSplit');
            return [(node.imgs ?? []).map(i => [i.naturalWidth, i.naturalHeight]),
                    (node.widgets ?? []).map(w => String(w.value))] }"""
     )
-    assert pictures == [[3 * 768, 768]]
+    assert images == [[3 * 768, 768]]
     assert any("wavelet db3, 2 levels" in text for text in texts)
     assert page.errors == []
 

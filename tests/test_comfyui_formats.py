@@ -11,7 +11,7 @@ pytestmark = [pytest.mark.comfyui, pytest.mark.filterwarnings("default")]
 
 nodes = comfyui_prompts.nodes
 
-# Stored in people's workflows: this list changes only by addition.
+# Saved in people's workflows: this list only grows.
 FROZEN = """SD1.x, SDXL, FLUX, SD3, Wan 2.1 / Qwen-Image, HunyuanVideo, HunyuanImage 2.1, Wan 2.2, LTX-Video, Mochi,
 Cosmos, Playground 2.5, Stable Cascade B, Stable Cascade C, pixel space""".replace("\n", " ").split(", ")
 NEWER = {"FLUX.2": "Flux2", "HunyuanVideo 1.5": "HunyuanVideo15", "LTX-2": "LTXAV", "MiniMax H3": "MiniMaxH3Video"}
@@ -29,24 +29,25 @@ def formats():
         formats = pack("formats")
         made = {label: getattr(comfy.latent_formats, name)() for label, name in formats.FORMATS.items()}
         offered = {
-            label: [type(each).__name__, each.latent_channels, each.latent_dimensions] for label, each in made.items()
+            label: [type(entry).__name__, entry.latent_channels, entry.latent_dimensions]
+            for label, entry in made.items()
         }
         auto = {}
         for channels in (3, 4, 12, 16, 24, 32, 48, 64, 128, 7):
             for size in ((2, channels, 4, 6), (2, channels, 3, 4, 6)):
-                chosen = formats.latent_format("auto", torch.zeros(size))
-                auto[f"{channels} {len(size)}-D"] = formats.colors_of("auto", chosen)
-        # What the preview shows of every format, against core's own previewer.
+                selected = formats.select_format("auto", torch.zeros(size))
+                auto[f"{channels} {len(size)}-D"] = formats.describe_colors("auto", selected)
+        # The preview of every format, against core's own previewer.
         previews = {}
         import latent_preview
-        for label, each in made.items():
-            if each.latent_rgb_factors is None:
+        for label, entry in made.items():
+            if entry.latent_rgb_factors is None:
                 continue
-            latents = torch.randn(1, each.latent_channels, 4, 6, generator=torch.Generator().manual_seed(0))
-            ours = formats.rgb(latents, each)
-            more = [each.latent_rgb_factors_reshape] if hasattr(each, "latent_rgb_factors_reshape") else []
-            theirs = latent_preview.Latent2RGBPreviewer(each.latent_rgb_factors, each.latent_rgb_factors_bias, *more)
-            scaled = formats.scaled(latents, each)
+            latents = torch.randn(1, entry.latent_channels, 4, 6, generator=torch.Generator().manual_seed(0))
+            ours = formats.latent_to_rgb(latents, entry)
+            more = [entry.latent_rgb_factors_reshape] if hasattr(entry, "latent_rgb_factors_reshape") else []
+            theirs = latent_preview.Latent2RGBPreviewer(entry.latent_rgb_factors, entry.latent_rgb_factors_bias, *more)
+            scaled = formats.to_model_scale(latents, entry)
             image = np.asarray(theirs.decode_latent_to_preview(scaled))
             previews[label] = [float(abs(ours[0].permute(1, 2, 0).numpy() * 255 - image).max()), *ours.shape[-2:]]
         core = [name for name in dir(comfy.latent_formats) if isinstance(getattr(comfy.latent_formats, name), type)]
@@ -100,10 +101,10 @@ def test_previews_of_images_and_video_by_every_format(nodes, formats):
 
 
 def test_the_loss_scales_images_by_video_formats(nodes):
-    """A single image of Wan 2.1 or Qwen-Image is what one frame of a video is."""
+    """An image of Wan 2.1 or Qwen-Image gives the same loss as a video of one frame."""
     options = {"low_weight": 0.7, "high_weight": 0.3, "dist_match": 1.0, "reduction": "sum", **BANDS}
     prediction, target = latent(1, 16, 8, 8), latent(1, 16, 8, 8)
-    video = [{"samples": each["samples"].unsqueeze(2)} for each in (prediction, target)]
+    video = [{"samples": latent["samples"].unsqueeze(2)} for latent in (prediction, target)]
     calls = [
         ("FreqLoss_BandLoss", {"prediction": a, "target": b, "latent_format": "Wan 2.1 / Qwen-Image", **options})
         for a, b in ((prediction, target), video)

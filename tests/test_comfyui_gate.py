@@ -9,8 +9,7 @@ import torch
 from comfyui_prompts import BANDS, core, gate, node, other_kind, sampling
 from safetensors.torch import save_file
 
-from freq_loss_plugin import FreqLossConfig
-from freq_loss_plugin.shaping import split_bands
+from freq_loss_plugin import BandSpec
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.filterwarnings("default")]
 
@@ -23,10 +22,10 @@ def test_a_gate_takes_the_low_band_from_one_strength_and_the_high_band_from_the_
         strength: sample(sampling(["lora", 0], steps=1, lora=core(strength)))[0] for strength in (0.0, 1.0, -0.5)
     }
     for method in ("wavelet", "fft"):
-        config = FreqLossConfig(method=method)
+        bands = BandSpec(method)
         for low, high in ((1.0, 0.0), (0.0, 1.0), (-0.5, 1.0)):
             made, shown = sample(sampling(["gate", 0], steps=1, gate=gate(low, high, method=method)))
-            expected = split_bands(by_strength[low], config).low + split_bands(by_strength[high], config).high
+            expected = bands.split(by_strength[low]).low + bands.split(by_strength[high]).high
             torch.testing.assert_close(made, expected, atol=2e-4, rtol=1e-3)
             assert "two model calls in each step from 0% to 100%" in shown["gate"]["text"][0]
             assert (made - by_strength[high]).abs().max() > 0.01
@@ -41,19 +40,19 @@ def test_gates_take_other_kinds_of_lora(comfyui_server, sample, kind):
     gated = gate(1.0, 0.0)
     gated["inputs"]["lora_name"] = name
     made, _ = sample(sampling(["gate", 0], steps=1, gate=gated))
-    expected = split_bands(whole, FreqLossConfig()).low + split_bands(bare, FreqLossConfig()).high
+    expected = BandSpec().split(whole).low + BandSpec().split(bare).high
     assert (made - bare).abs().max() > 0.02
     torch.testing.assert_close(made, expected, atol=3e-4, rtol=1e-3)
 
 
-def test_a_kind_that_is_no_addition_is_refused(comfyui_server):
+def test_a_kind_that_is_not_an_addition_is_refused(comfyui_server):
     from server import PromptError
 
     save_file(other_kind("dora"), comfyui_server.folder / "models" / "loras" / "dora.safetensors")
     gated = gate(1.0, 0.0)
     gated["inputs"]["lora_name"] = "dora.safetensors"
     with pytest.raises(
-        PromptError, match=r"dora\.safetensors cannot be gated: .*attn1\.to_out\.0 .*without DoRA\. Load it with"
+        PromptError, match=r"dora\.safetensors cannot be gated: .*attn1\.to_out\.0 .*without DoRA\. Use a LoRA loader"
     ):
         comfyui_server.run(sampling(["gate", 0], gate=gated))
 
@@ -130,7 +129,7 @@ def test_the_range_must_not_be_empty(comfyui_server):
         comfyui_server.run(sampling(["gate", 0], gate=gate(1.0, 0.0, 0.5, 0.5)))
 
 
-def test_a_gate_tells_in_its_own_words_where_latents_are_too_small(comfyui_server):
+def test_a_gate_refuses_latents_that_are_too_small(comfyui_server):
     from server import PromptError
 
     with pytest.raises(
@@ -143,7 +142,7 @@ def test_a_gate_tells_in_its_own_words_where_latents_are_too_small(comfyui_serve
 
 
 def compiled(model):
-    # The other backend, inductor, takes a minute to compile the embedded model, and makes the same.
+    # The other backend, inductor, takes a minute to compile the toy model.
     return node("TorchCompileModel", model=model, backend="cudagraphs")
 
 
@@ -174,7 +173,7 @@ def test_a_compiled_model_makes_the_same_image(sample, order, low, high, end):
     made, _ = sample(sampling(chain["model"], gate=gated, compiled=chain["compiled"]))
     assert (expected - bare).abs().max() > 0.05
     torch.testing.assert_close(made, expected, atol=1e-3, rtol=1e-3)
-    # What the gate has left behind: nothing.
+    # The gate leaves nothing behind.
     after, _ = sample(sampling(["compiled", 0], compiled=compiled(["checkpoint", 0])))
     torch.testing.assert_close(after, bare, atol=1e-3, rtol=1e-3)
 
@@ -207,7 +206,7 @@ def test_a_cache_inside_a_step_is_refused_and_one_around_steps_is_not(comfyui_se
         prompt["empty"]["inputs"]["batch_size"] = 1  # EasyCache of 0.3.64 fails with more
         return prompt
 
-    with pytest.raises(PromptError, match="EasyCache would take what the model predicts with the LoRA at low_strength"):
+    with pytest.raises(PromptError, match="EasyCache would reuse the prediction with the LoRA at low_strength"):
         comfyui_server.run(cached("EasyCache", 1.0, 0.0))
     for prompt in (cached("EasyCache", 1.0, 1.0), cached("LazyCache", 1.0, 0.0)):
         assert sample(prompt)[0].isfinite().all()
@@ -216,15 +215,15 @@ def test_a_cache_inside_a_step_is_refused_and_one_around_steps_is_not(comfyui_se
 # -- latents without height and width ----------------------------------------------------------------------------------
 
 
-def test_video_with_sound_is_named_for_what_it_is(comfyui_server):
+def test_video_with_audio_is_refused_by_name(comfyui_server):
     from server import PromptError
 
     if not (hosts.comfyui() / "comfy" / "nested_tensor.py").is_file():
-        pytest.skip("this ComfyUI has no latents of video with sound")
-    both = {"both": node("TinySD_AddSound", samples=["empty", 0])}
+        pytest.skip("this ComfyUI has no latents of video with audio")
+    both = {"both": node("TinySD_AddAudio", samples=["empty", 0])}
     gated = {**sampling(["gate", 0], gate=gate(1.0, 0.0)), **both}
     gated["sampler"]["inputs"]["latent_image"] = ["both", 0]
-    with pytest.raises(PromptError, match=r"KSampler: the latent is video with sound \(LTX-2, for instance\), packed"):
+    with pytest.raises(PromptError, match=r"KSampler: the latent is video with audio \(LTX-2, for instance\), packed"):
         comfyui_server.run(gated)
     operation = node("FreqLoss_BandOperation", low_gain=1.0, high_gain=2.0, **BANDS)
     for name, of_one in {
@@ -237,8 +236,8 @@ def test_video_with_sound_is_named_for_what_it_is(comfyui_server):
         "the latent": {
             "operation": operation,
             "applied": node("LatentApplyOperation", samples=["both", 0], operation=["operation", 0]),
-            "asked": node("SaveLatent", samples=["applied", 0], filename_prefix="sound"),
+            "asked": node("SaveLatent", samples=["applied", 0], filename_prefix="audio"),
         },
     }.items():
-        with pytest.raises(PromptError, match=rf"{name} holds several latents in one .* take it apart with"):
+        with pytest.raises(PromptError, match=rf"{name} holds several latents in one .* separate them with"):
             comfyui_server.run({"empty": gated["empty"], **both, **of_one})

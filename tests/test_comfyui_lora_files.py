@@ -1,4 +1,4 @@
-"""LoRA files in a real ComfyUI: what is loaded, what does not fit, what is no LoRA, and what has changed."""
+"""LoRA files in a real ComfyUI: loading, files that do not fit or are no LoRA, and files that change."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from comfyui_prompts import LORA, core, gate, loader, node, other_kind, sampling, sdxl_lora
 from safetensors.torch import load_file, save_file
 
-from freq_loss_plugin import FreqLossConfig, guidance
-from freq_loss_plugin.shaping import split_bands
+from freq_loss_plugin import BandSpec
+from freq_loss_plugin.guidance_token import features as guidance
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.filterwarnings("default")]
 
@@ -38,7 +38,7 @@ def test_the_loader_without_a_text_encoder(sample):
     made, shown = sample(sampling(["lora", 0], lora=loader(1.0)))
     assert torch.equal(made, expected)
     assert shown["lora"]["text"][0].startswith(
-        "applied: 192 of 192 modules; 12 of the text encoder are left out, there is no clip here\n"
+        "applied: 192 of 192 modules; 12 of the text encoder are skipped, since no clip is connected\n"
     )
 
 
@@ -49,7 +49,7 @@ BAD_FILES = {
     "empty": (lambda _: b"", "is empty (0 bytes)"),
     "truncated_header": (lambda lora: lora.read_bytes()[:200], "is truncated: its header alone has"),
     "truncated_weights": (lambda lora: lora.read_bytes()[:-1000], "is damaged or incomplete"),
-    "giant_header": (lambda _: struct.pack("<Q", 2**62) + b"{" + b" " * 100, "is no safetensors file"),
+    "giant_header": (lambda _: struct.pack("<Q", 2**62) + b"{" + b" " * 100, "is not a safetensors file"),
     "pickle": (lambda _: b"\x80\x02}q\x00.", "is a PyTorch pickle under another name"),
 }
 BAD_WEIGHTS = {
@@ -58,15 +58,16 @@ BAD_WEIGHTS = {
         lambda: {k: v * float("nan") for k, v in sdxl_lora().items()},
         "hold NaN or infinite values",
     ),
-    "whole_model": (lambda: {"model.diffusion_model.out.2.weight": torch.zeros(4, 32, 3, 3)}, "holds no LoRA"),
+    "whole_model": (lambda: {"model.diffusion_model.out.2.weight": torch.zeros(4, 32, 3, 3)}, "contains no LoRA"),
     "sdxl": (
         sdxl_lora,
-        "does not fit: none of its 1 modules has a place in this model (SD1.x). Likely reason: it was trained on SDXL, "
-        "and this model is SD1.x",
+        "does not fit: none of its 1 modules matches a layer of this model (SD1.x). Likely reason: it was trained on "
+        "SDXL, and this model is SD1.x",
     ),
     "unknown_names": (
         lambda: {"lora_unet_nothing_like_it.lora_down.weight": torch.zeros(4, 4)},
-        "does not fit: none of its 1 modules has a place in this model (SD1.x). Likely reason: these layers are not",
+        "does not fit: none of its 1 modules matches a layer of this model (SD1.x). Likely reason: these layers are "
+        "not part of this model",
     ),
 }
 
@@ -105,7 +106,7 @@ def test_pickles_are_not_even_offered(comfyui_server):
 def test_a_lora_that_fits_in_part_is_applied_with_a_warning(comfyui_server, trained, sample):
     weights = load_file(trained.lora)
     known = dict(weights)
-    for number, key in enumerate(sorted({each.split(".")[0] for each in weights if "unet" in each})[:3]):
+    for number, key in enumerate(sorted({name.split(".")[0] for name in weights if "unet" in name})[:3]):
         for ending in ("lora_down.weight", "lora_up.weight", "alpha"):
             known[f"lora_unet_elsewhere_{number}.{ending}"] = known.pop(f"{key}.{ending}")
     metadata = {"ss_base_model_version": "sdxl_base_v1-0", "ss_freq_loss_guidance_token": "8.0"}
@@ -136,7 +137,7 @@ def test_modules_of_another_size_are_left_out_by_both_nodes(comfyui_server, samp
     gated = gate(1.0, 0.0)
     gated["inputs"]["lora_name"] = "mixed.safetensors"
     made, shown = sample(sampling(["gate", 0], steps=1, gate=gated))
-    expected = split_bands(whole, FreqLossConfig()).low + split_bands(bare, FreqLossConfig()).high
+    expected = BandSpec().split(whole).low + BandSpec().split(bare).high
     torch.testing.assert_close(made, expected, atol=3e-4, rtol=1e-3)
     assert shown["gate"]["text"][0].startswith(words)
 
@@ -207,7 +208,7 @@ def test_the_family_is_that_of_the_exact_class():
 
         def family(kind):
             model = types.SimpleNamespace(model=types.SimpleNamespace(model_config=object.__new__(kind)))
-            return fit._family(model)
+            return fit._model_family(model)
 
         answer = {kind.__name__: family(kind) for kind in known.models}
         answer["of a pack"] = family(type("Narrow", (known.SD15,), {}))

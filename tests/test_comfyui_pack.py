@@ -1,4 +1,4 @@
-"""The pack around the nodes: installation, texts in four languages, and what a browser makes of it."""
+"""The pack around the nodes: installation, texts in four languages, and what the server delivers."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_the_registry_finds_everything_it_asks_for():
     assert comfy["PublisherId"]
     assert comfy["DisplayName"]
     assert comfy["requires-comfyui"] == ">=0.3.64"
-    assert any(each.startswith("Operating System ::") for each in project["classifiers"])
+    assert any(classifier.startswith("Operating System ::") for classifier in project["classifiers"])
     version = (ROOT / comfy["version"]["path"]).read_text(encoding="utf-8")
     assert f'__version__ = "{__version__}"' in version
     for entry, size in (("Icon", (400, 400)), ("Banner", (1260, 540))):
@@ -131,8 +131,8 @@ def test_the_registry_finds_everything_it_asks_for():
         address = urllib.parse.urlparse(comfy[entry])
         assert address.scheme == "https"
         file = ROOT / "assets" / Path(address.path).name
-        with Image.open(file) as picture:
-            assert picture.size == size
+        with Image.open(file) as image:
+            assert image.size == size
 
 
 def test_requirements_are_few_without_bounds_and_without_what_breaks_environments():
@@ -219,7 +219,7 @@ def test_the_managers_command_line_installs_it_from_a_git_address(tmp_path):
 
 
 @pytest.mark.comfyui
-def test_without_its_packages_the_pack_works_in_part_and_says_what_is_missing(tmp_path):
+def test_without_its_packages_the_pack_works_in_part_and_names_the_missing_ones(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\nfor name in ('matplotlib', 'pytorch_wavelets'): sys.modules[name] = None\n"
     )
@@ -229,9 +229,8 @@ def test_without_its_packages_the_pack_works_in_part_and_says_what_is_missing(tm
     assert strip.shape == (1, 8, 24, 3)
     assert refused.startswith("ImportError: plots need matplotlib, which cannot be imported")
     assert refused.endswith("pip install matplotlib")
-    said = [line for line in log.splitlines() if "no wavelet bands, fft bands are used" in line]
-    assert len(said) == 1
-    assert "pip install pytorch_wavelets PyWavelets" in said[0]
+    (warning,) = [line for line in log.splitlines() if "no wavelet bands, fft bands are used" in line]
+    assert "pip install pytorch_wavelets PyWavelets" in warning
 
 
 def in_comfyui(folder, code):
@@ -284,7 +283,7 @@ io.Float.Input = Float
 assert load_the_pack()
 node = nodes.NODE_CLASS_MAPPINGS["FreqLoss_BandSplit"]
 schema = node.define_schema()
-print(known, schema.search_aliases, [each.advanced for each in schema.inputs if each.id == "cutoff"])
+print(known, schema.search_aliases, [entry.advanced for entry in schema.inputs if entry.id == "cutoff"])
 module = sys.modules[type(schema).__module__] and sys.modules[node.__module__.rsplit(".", 1)[0] + ".schema"]
 try:
     module.schema(node_id="x", catgory="y")
@@ -297,14 +296,14 @@ except TypeError as error:
 
 
 @pytest.mark.comfyui
-def test_the_server_says_nothing_against_the_pack(comfyui_server):
+def test_the_server_loads_the_pack_without_complaint(comfyui_server):
     log = comfyui_server.log.read_text()
     assert "IMPORT FAILED" not in log
     assert "Unable to parse pyproject.toml" not in log
     assert "freq_loss_plugin" in log
 
 
-# -- what the program serves, and what a browser shows -----------------------------------------------------------------
+# -- what the server delivers ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.comfyui

@@ -1,4 +1,4 @@
-"""LoRAs on models whose weights are packed: the formats of ComfyUI 0.33, GGUF and NF4."""
+"""LoRAs on models with quantized weights: the formats of ComfyUI 0.33, GGUF and NF4."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_the_loader_is_cores_on_quantized_layers(sample, quantized, kind):
     made, shown = sample(on(checkpoint, sampling(["lora", 0], lora=loader(1.0))))
     assert torch.equal(made, expected)
     (text,) = shown["lora"]["text"]
-    assert text.startswith("applied: 192 of 192 modules; 12 of the text encoder are left out")
+    assert text.startswith("applied: 192 of 192 modules; 12 of the text encoder are skipped")
     assert "WARNING" not in text
 
 
@@ -58,7 +58,7 @@ def test_a_gate_on_quantized_layers_is_that_on_their_values(sample, quantized, k
     checkpoint, unpacked = quantized(kind)
     bare, _ = sample(on(checkpoint, sampling(["checkpoint", 0], steps=1)))
     without, _ = sample(on(unpacked, sampling(["checkpoint", 0], steps=1)))
-    # In INT8 ComfyUI rounds what goes into a layer, too.
+    # In INT8 ComfyUI quantizes the input of a layer, too.
     error = max(2 * (bare - without).abs().mean(), 1e-3)
     for low, high in ((1.0, 0.0), (0.5, 1.0)):
         expected, _ = sample(on(unpacked, sampling(["gate", 0], steps=1, gate=gate(low, high))))
@@ -105,7 +105,7 @@ def test_layers_of_other_packs_fit_by_their_own_shape(comfyui_server, sample, pa
 
 
 @pytest.mark.parametrize("packed", ["unknown"], indirect=True)
-def test_layers_that_nobody_has_described_are_left_to_core_and_not_gated(comfyui_server, packed):
+def test_layers_of_an_unknown_format_are_left_to_core_and_not_gated(comfyui_server, packed):
     from server import PromptError
 
     exchanged = node("TinySD_Pack", model=["checkpoint", 0], kind=packed)
@@ -113,7 +113,9 @@ def test_layers_that_nobody_has_described_are_left_to_core_and_not_gated(comfyui
     prompt = {"checkpoint": checkpoint, "exchanged": exchanged, "shown": node("TinySD_Attachments", model=["lora", 0])}
     shown = comfyui_server.run({**prompt, "lora": loader(model=["exchanged", 0])})
     assert shown["lora"]["text"][0].startswith("applied: 192 of 192 modules")
-    with pytest.raises(PromptError, match=r"cannot be gated: \S+ is a layer whose weight is packed in an unknown"):
+    with pytest.raises(
+        PromptError, match=r"cannot be gated: the weight of the layer \S+ is packed in an unknown format"
+    ):
         comfyui_server.run({**prompt, "lora": gate(1.0, 0.0, model=["exchanged", 0])})
 
 

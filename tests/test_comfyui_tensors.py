@@ -1,4 +1,4 @@
-"""The tensors that nodes return, called in a real ComfyUI without its server, and what they say about bad input."""
+"""The tensors that nodes return, called in a real ComfyUI without its server, and the errors for bad input."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import torch
 from comfyui_prompts import BANDS, latent, sdxl_lora
 from safetensors.torch import save_file
 
-from freq_loss_plugin import FreqLossConfig, frequency_matching_loss, guidance
-from freq_loss_plugin.shaping import merge_bands, scale_bands, split_bands
-from freq_loss_plugin.spectra import compare_spectra
+from freq_loss_plugin import BandSpec, LossSpec, frequency_matching_loss
+from freq_loss_plugin.analysis.mixing import merge_bands, scale_bands
+from freq_loss_plugin.analysis.spectra import compare_spectra
+from freq_loss_plugin.guidance_token import features as guidance
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.filterwarnings("default")]
 
@@ -29,7 +30,7 @@ LATENTS = {
 
 
 @pytest.mark.parametrize("options", [BANDS, {**BANDS, "method": "fft", "cutoff": 0.1}], ids=["wavelet", "fft"])
-def test_split_and_merge_are_the_functions_and_keep_what_the_latent_holds(nodes, options):
+def test_split_and_merge_are_the_functions_and_keep_everything_else_in_the_latent(nodes, options):
     split = nodes(*(("FreqLoss_BandSplit", {"samples": given, **options}) for given in LATENTS.values()))
     merged = nodes(
         *(
@@ -37,18 +38,18 @@ def test_split_and_merge_are_the_functions_and_keep_what_the_latent_holds(nodes,
             for low, high, _ in split
         )
     )
-    config = FreqLossConfig(**options)
+    bands = BandSpec(**options)
     for (name, given), (low, high, strip), (back,) in zip(LATENTS.items(), split, merged, strict=True):
-        expected = split_bands(given["samples"], config)
+        expected = bands.split(given["samples"])
         assert torch.equal(low["samples"], expected.low), name
         assert torch.equal(high["samples"], expected.high), name
-        loose = {torch.float16: 4e-3, torch.bfloat16: 4e-2}.get(given["samples"].dtype, 1e-5)
-        torch.testing.assert_close(back["samples"], given["samples"], atol=loose, rtol=0, msg=name)
-        for made in (low, high, back):
-            assert made.keys() == given.keys(), name
+        tolerance = {torch.float16: 4e-3, torch.bfloat16: 4e-2}.get(given["samples"].dtype, 1e-5)
+        torch.testing.assert_close(back["samples"], given["samples"], atol=tolerance, rtol=0, msg=name)
+        for output in (low, high, back):
+            assert output.keys() == given.keys(), name
             for key in given.keys() - {"samples"}:
-                assert made[key] is not None
-                assert torch.equal(torch.as_tensor(made[key]), torch.as_tensor(given[key])), name
+                assert output[key] is not None
+                assert torch.equal(torch.as_tensor(output[key]), torch.as_tensor(given[key])), name
         height, width = given["samples"].shape[-2:]
         assert strip.shape == (len(given["samples"]), height, 3 * width, 3), name
         assert 0 <= strip.min() <= strip.max() <= 1, name
@@ -69,18 +70,17 @@ def test_merging_with_gains_and_with_one_band_for_a_whole_batch(nodes):
 
 def test_the_operation_scales_bands_of_any_latent(nodes):
     inputs = {"low_gain": 0.5, "high_gain": 2.0, **BANDS}
-    given = [each["samples"] for each in LATENTS.values()]
-    for latents, (made,) in zip(
-        given, nodes(*(("FreqLoss_BandOperation", inputs, latents) for latents in given)), strict=True
-    ):
-        assert torch.equal(made, scale_bands(latents, 0.5, 2.0, FreqLossConfig()))
+    latents = [latent["samples"] for latent in LATENTS.values()]
+    outputs = nodes(*(("FreqLoss_BandOperation", inputs, samples) for samples in latents))
+    for samples, (output,) in zip(latents, outputs, strict=True):
+        assert torch.equal(output, scale_bands(samples, 0.5, 2.0, BandSpec()))
 
 
 def test_the_operation_names_video_with_sound_inside_sampling(nodes):
     inputs = {"low_gain": 0.5, "high_gain": 2.0, **BANDS}
-    (said,) = nodes(("FreqLoss_BandOperation", inputs, torch.zeros(1, 1, 3000)))
-    assert said.startswith(
-        "ValueError: the latent is video with sound (LTX-2, for instance), packed into a row of 3000"
+    (error,) = nodes(("FreqLoss_BandOperation", inputs, torch.zeros(1, 1, 3000)))
+    assert error.startswith(
+        "ValueError: the latent is video with audio (LTX-2, for instance), packed into a row of 3000"
     )
 
 
@@ -93,7 +93,7 @@ def test_the_loss_is_that_of_training(nodes):
         "none (already scaled)": (latent(2, 4, 3, 8, 8), latent(2, 4, 3, 8, 8), 1.0),
     }
     for reduction in ("sum", "mean"):
-        made = nodes(
+        outputs = nodes(
             *(
                 (
                     "FreqLoss_BandLoss",
@@ -109,16 +109,16 @@ def test_the_loss_is_that_of_training(nodes):
                 for name, (prediction, target, _) in cases.items()
             )
         )
-        for (prediction, target, scale), (low, high, total, error_map) in zip(cases.values(), made, strict=True):
+        for (prediction, target, scale), (low, high, total, error_map) in zip(cases.values(), outputs, strict=True):
             expected = frequency_matching_loss(
                 prediction["samples"] * scale,
                 target["samples"] * scale,
                 prediction_type="sample",
                 timesteps=None,
-                config=FreqLossConfig(reduction=reduction, **options),
+                config=LossSpec(reduction=reduction, **options),
             )
             assert (low, high, total) == pytest.approx(
-                [float(each) for each in (expected.low, expected.high, expected.total)], rel=1e-4
+                [float(value) for value in (expected.low, expected.high, expected.total)], rel=1e-4
             )
             assert error_map.ndim == 4
 
@@ -126,19 +126,19 @@ def test_the_loss_is_that_of_training(nodes):
 def test_the_comparison_of_spectra_is_the_function(nodes):
     a, b = torch.rand(3, 40, 32, 3), torch.rand(2, 33, 65, 4)
     video = latent(1, 16, 4, 16, 16)
-    pictures, latents = nodes(
+    images, latents = nodes(
         ("FreqLoss_SpectrumCompare", {"a": a, "b": b, **BANDS}),
         ("FreqLoss_SpectrumCompare", {"a": video, "b": video, **BANDS}),
     )
-    expected = compare_spectra(a.movedim(-1, 1), b.movedim(-1, 1)[:, :3], FreqLossConfig())
-    plot, table, distance = pictures
+    expected = compare_spectra(a.movedim(-1, 1), b.movedim(-1, 1)[:, :3], BandSpec())
+    plot, table, distance = images
     assert plot.shape[-1] == 3
     assert table == expected.table()
     assert distance == pytest.approx(expected.distance)
     assert latents[2] == 0
 
 
-def test_sheets_of_pictures_and_latents_of_every_kind(nodes):
+def test_sheets_of_images_and_latents_of_every_kind(nodes):
     sources = [
         torch.rand(2, 33, 65, 3),
         torch.rand(1, 20, 20, 1),
@@ -147,8 +147,8 @@ def test_sheets_of_pictures_and_latents_of_every_kind(nodes):
         *LATENTS.values(),
     ]
     rest = {"latent_format": "auto", "frame": 99, "panel_size": 64, **BANDS}
-    made = nodes(*(("FreqLoss_BandPreview", {"source": source, **rest}) for source in sources))
-    for source, (sheets,) in zip(sources, made, strict=True):
+    outputs = nodes(*(("FreqLoss_BandPreview", {"source": source, **rest}) for source in sources))
+    for source, (sheets,) in zip(sources, outputs, strict=True):
         count = len(source["samples"]) if isinstance(source, dict) else len(source)
         assert sheets.shape[0] == count
         assert sheets.shape[-1] == 3
@@ -162,7 +162,7 @@ BAD = {
         "ValueError: levels = 4: needs latents of at least 16 × 16, and these are 10 × 64 (pixels divided by the "
         "factor of the VAE, usually 8); set levels = 3",
     ),
-    "sound": (
+    "audio": (
         "FreqLoss_BandSplit",
         {"samples": latent(1, 64, 100), **BANDS},
         "ValueError: samples has shape (1, 64, 100): expected 4 dimensions (B, C, H, W), or 5 (B, C, T, H, W)",
@@ -170,7 +170,7 @@ BAD = {
     "no tensor": (
         "FreqLoss_BandSplit",
         {"samples": {"samples": [1]}, **BANDS},
-        "ValueError: samples holds list: expected a LATENT of pictures or video",
+        "ValueError: samples holds list: expected a LATENT of images or video",
     ),
     "whole numbers": (
         "FreqLoss_BandSplit",
@@ -180,7 +180,7 @@ BAD = {
     "nothing": (
         "FreqLoss_BandPreview",
         {"source": torch.zeros(0, 8, 8, 3), "latent_format": "auto", "frame": 0, "panel_size": 64, **BANDS},
-        "ValueError: source has shape (0, 8, 8, 3) and is empty: expected at least one picture",
+        "ValueError: source has shape (0, 8, 8, 3) and is empty: expected at least one image",
     ),
     "a mask": (
         "FreqLoss_BandPreview",
@@ -197,7 +197,31 @@ BAD = {
         {"samples": latent(1, 4, 8, 8), **BANDS, "wavelet": "db99"},
         "ValueError: wavelet = 'db99': not a discrete wavelet of PyWavelets. Did you mean",
     ),
-    "latents against pictures": (
+    "no levels": (
+        "FreqLoss_BandSplit",
+        {"samples": latent(1, 4, 8, 8), **BANDS, "levels": 0},
+        "ValueError: levels = 0: expected a whole number >= 1",
+    ),
+    "a cutoff beyond the highest frequency": (
+        "FreqLoss_BandOperation",
+        {"low_gain": 1.0, "high_gain": 2.0, **BANDS, "method": "fft", "cutoff": 0.6},
+        "ValueError: cutoff = 0.6: expected a number above 0 and at most 0.5, the highest frequency of a latent",
+    ),
+    "a negative weight": (
+        "FreqLoss_BandLoss",
+        {
+            "prediction": latent(2, 4, 8, 8),
+            "target": latent(2, 4, 8, 8),
+            "low_weight": -1.0,
+            "high_weight": 0.3,
+            "dist_match": 0.003,
+            "reduction": "sum",
+            "latent_format": "SD1.x",
+            **BANDS,
+        },
+        "ValueError: low_weight = -1.0: expected a finite number >= 0",
+    ),
+    "latents against images": (
         "FreqLoss_SpectrumCompare",
         {"a": torch.rand(1, 8, 8, 3), "b": latent(1, 4, 8, 8), **BANDS},
         "ValueError: a is of type IMAGE and b of type LATENT",
@@ -224,12 +248,12 @@ BAD = {
 }
 
 
-def test_bad_input_is_told_in_the_words_of_the_node(nodes):
-    found = nodes(*((node, inputs) for node, inputs, _ in BAD.values()))
-    for (name, (_, _, words)), said in zip(BAD.items(), found, strict=True):
-        assert isinstance(said, str), name
-        assert said.startswith(words), name
-        assert "freq_loss_" not in said
+def test_errors_name_inputs_as_the_node_does(nodes):
+    errors = nodes(*((node, inputs) for node, inputs, _ in BAD.values()))
+    for (name, (_, _, expected)), error in zip(BAD.items(), errors, strict=True):
+        assert isinstance(error, str), name
+        assert error.startswith(expected), name
+        assert "freq_loss_" not in error
 
 
 def guided_lora(file, mean, clip="clip@1"):
@@ -258,13 +282,13 @@ def test_the_guidance_token_is_put_where_training_put_it(nodes):
             {"conditioning": [[torch.zeros(1, 77, 2048), {}]], "lora_name": "guided.safetensors", "strength": 1.0},
         ),
     )
-    for (made,), features in ((by_lora, mean), (by_image, embeds.mean(dim=0))):
-        for (states, rest), (before, kept) in zip(made, prompt, strict=True):
+    for (guided,), features in ((by_lora, mean), (by_image, embeds.mean(dim=0))):
+        for (states, rest), (before, kept) in zip(guided, prompt, strict=True):
             assert torch.equal(states[:, :-1], before[:, :-1])
             torch.testing.assert_close(states[:, -1], features.to(before.dtype).expand(len(before), -1))
             assert rest.keys() == kept.keys()
     torch.testing.assert_close(half[0][0][0][:, -1], (prompt[0][0][:, -1] + mean) / 2)
     assert nothing.startswith("ValueError: there are no features: connect image")
     assert both.startswith("ValueError: both image and lora_name = guided.safetensors are given")
-    assert unguided.startswith("LoraFileError: plain.safetensors carries no mean of its training pictures")
+    assert unguided.startswith("LoraFileError: plain.safetensors has no mean of its training images")
     assert wide.startswith("ValueError: the features are 768 wide, and this prompt's tokens 2048")

@@ -8,6 +8,9 @@ import dataclasses
 import pytest
 
 from freq_loss_plugin import ConfigError, FreqLossConfig
+from freq_loss_plugin.options.advice import useless_settings
+from freq_loss_plugin.options.config import parse_strings
+from freq_loss_plugin.options.parsing import parse_pairs
 
 # What a user may write, and words that the error must contain: the key, the value, what is allowed or nearest.
 WRONG = [
@@ -74,7 +77,7 @@ def test_wrong_options(mapping, words):
 )
 def test_wrong_strings(items, words):
     with pytest.raises(ConfigError) as caught:
-        FreqLossConfig.from_strings(items)
+        FreqLossConfig.from_mapping(parse_strings(parse_pairs(items)))
     for word in words:
         assert word in str(caught.value)
 
@@ -94,9 +97,9 @@ def test_defaults_are_those_of_the_specification():
         "sample_weights": "none",
         "reduction": "sum",
         "scope": "global",
-        "memory": 0,
-        "memory_decay": 1.0,
-        "share": 0.0,
+        "batch_history": 0,
+        "history_decay": 1.0,
+        "gradient_ratio": 0.0,
         "grad_cosine": False,
         "validation": False,
         "guidance_token": 0.0,
@@ -112,9 +115,10 @@ def test_a_mapping_a_namespace_a_section_and_strings_give_the_same():
     assert FreqLossConfig.from_mapping(argparse.Namespace(**mapping)) == expected
     section = {key: mapping[key] for key in ("dist_match", "freq_loss_levels", "freq_loss_method")}
     assert FreqLossConfig.from_mapping({"freq_loss": section, "learning_rate": 1e-4}) == expected
+    strings = ["dist_match=1", "freq_loss_levels = 3", "freq_loss_method=fft"]
     whole_file = {"freq_loss": section, "training": {"min_snr_gamma": 2.0, "learning_rate": 1e-4}, "title": "mine"}
     assert FreqLossConfig.from_mapping(whole_file) == dataclasses.replace(expected, min_snr_gamma=2.0)
-    assert FreqLossConfig.from_strings(["dist_match=1", "freq_loss_levels = 3", "freq_loss_method=fft"]) == expected
+    assert FreqLossConfig.from_mapping(parse_strings(parse_pairs(strings))) == expected
 
 
 def test_options_of_the_trainer_pass_and_none_means_not_given():
@@ -144,13 +148,13 @@ def test_size_is_checked_for_wavelets_only():
 
 
 def test_useless_settings_are_told_and_useful_ones_are_not():
-    assert FreqLossConfig().useless_settings(batch_size=4) == []
-    assert FreqLossConfig(dist_match=0).useless_settings(batch_size=1) == []
-    (alone,) = FreqLossConfig().useless_settings(batch_size=1)
+    assert useless_settings(FreqLossConfig(), batch_size=4) == []
+    assert useless_settings(FreqLossConfig(dist_match=0), batch_size=1) == []
+    (alone,) = useless_settings(FreqLossConfig(), batch_size=1)
     assert "batch size 1" in alone
-    (equal,) = FreqLossConfig(method="fft", low_weight=0.5, high_weight=0.5).useless_settings(4)
+    (equal,) = useless_settings(FreqLossConfig(method="fft", low_weight=0.5, high_weight=0.5), 4)
     assert "is the plain MSE" in equal
-    (nothing,) = FreqLossConfig(low_weight=0, high_weight=0).useless_settings(4)
+    (nothing,) = useless_settings(FreqLossConfig(low_weight=0, high_weight=0), 4)
     assert "always 0" in nothing
 
 

@@ -1,4 +1,4 @@
-"""``extract-features`` with a real, small CLIP: what it writes is what transformers' own CLIP computes."""
+"""``extract-features`` with a small CLIP: it writes the features that transformers' CLIP computes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from freq_loss_plugin import guidance
+from freq_loss_plugin.guidance_token import features as guidance
 
 ROOT = Path(__file__).parent.parent
 
@@ -55,7 +55,7 @@ def extract(*arguments):
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
-def pictures_of(data):
+def images_of(data):
     return sorted(path for path in data.rglob("*") if path.suffix in (".png", ".jpg"))
 
 
@@ -64,12 +64,12 @@ def test_features_are_those_of_clips_get_image_features(clip, data):
 
     done = extract("--train_data_dir", data, "--clip", clip, "--batch_size", 2)
     assert done.returncode == 0, done.stderr
-    assert "3 pictures, 0 of them up to date" in done.stdout
+    assert "3 images, 0 of them up to date" in done.stdout
     model, processor = CLIPModel.from_pretrained(clip).eval(), CLIPImageProcessor.from_pretrained(clip)
-    loaded = guidance.load(dict.fromkeys(pictures_of(data), 1.0), "x")
+    loaded = guidance.load(dict.fromkeys(images_of(data), 1.0), "x")
     assert loaded.clip.startswith(f"{clip.name}@")
-    for picture, features in loaded.by_picture.items():
-        with Image.open(picture) as opened, torch.no_grad():
+    for image, features in loaded.by_image.items():
+        with Image.open(image) as opened, torch.no_grad():
             pixels = processor(images=opened.convert("RGB"), return_tensors="pt").pixel_values
             expected = model.get_image_features(pixel_values=pixels)
         expected = getattr(expected, "pooler_output", expected)[0]
@@ -77,36 +77,36 @@ def test_features_are_those_of_clips_get_image_features(clip, data):
         assert features.norm() != pytest.approx(1, abs=1e-3)
 
 
-def test_it_goes_on_where_it_stopped_and_makes_anew_what_changed(clip, data):
+def test_current_features_are_kept_and_changed_images_are_extracted_again(clip, data):
     assert extract("--train_data_dir", data, "--clip", clip).returncode == 0
-    files = [guidance.feature_file(picture) for picture in pictures_of(data)]
+    files = [guidance.feature_file(image) for image in images_of(data)]
     times = [file.stat().st_mtime_ns for file in files]
     done = extract("--train_data_dir", data, "--clip", clip)
-    assert "3 pictures, 3 of them up to date" in done.stdout
+    assert "3 images, 3 of them up to date" in done.stdout
     assert [file.stat().st_mtime_ns for file in files] == times
-    first, second, third = pictures_of(data)
+    first, second, third = images_of(data)
     Image.new("RGB", (20, 20), "red").save(first)
     guidance.feature_file(second).unlink()
     before = guidance.feature_file(third).read_bytes()
     done = extract("--train_data_dir", data, "--clip", clip)
-    assert "3 pictures, 1 of them up to date" in done.stdout
+    assert "3 images, 1 of them up to date" in done.stdout
     assert guidance.feature_file(third).read_bytes() == before
-    guidance.load(dict.fromkeys(pictures_of(data), 1.0), "x")
+    guidance.load(dict.fromkeys(images_of(data), 1.0), "x")
     assert not list(data.rglob("*.part*"))
 
 
-def test_a_kohya_toml_names_the_pictures(clip, data, tmp_path):
+def test_a_kohya_toml_names_the_images(clip, data, tmp_path):
     (tmp_path / "my.toml").write_text(f'[data]\ntrain_data_dir = "{data.as_posix()}"\n[training]\nseed = 1\n')
-    assert "3 pictures" in extract("--config_file", tmp_path / "my.toml", "--clip", clip).stdout
+    assert "3 images" in extract("--config_file", tmp_path / "my.toml", "--clip", clip).stdout
 
 
-def test_broken_pictures_are_named_and_the_others_made(clip, data):
-    (data / "2_a" / "broken.png").write_bytes(b"no picture")
+def test_broken_images_are_named_and_the_others_extracted(clip, data):
+    (data / "2_a" / "broken.png").write_bytes(b"no image")
     whole = (data / "2_a" / "1.png").read_bytes()
     (data / "2_a" / "cut.png").write_bytes(whole[: len(whole) // 2])
     done = extract("--train_data_dir", data, "--clip", clip)
     assert done.returncode == 1
-    assert "2 pictures cannot be read" in done.stdout
+    assert "2 images cannot be read" in done.stdout
     assert "broken.png" in done.stdout
     assert "cut.png" in done.stdout
     assert guidance.feature_file(data / "2_a" / "1.png").is_file()

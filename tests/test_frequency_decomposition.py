@@ -1,4 +1,4 @@
-"""The bands: against PyWavelets, pytorch_wavelets and NumPy's FFT; their cache, their fallback and their errors."""
+"""The bands, compared with PyWavelets, pytorch_wavelets and NumPy's FFT; cache, fallback and errors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import autocast
 
-from freq_loss_plugin import bands, frequency_decomposition, wavelet_library
+from freq_loss_plugin import frequency_decomposition
+from freq_loss_plugin.loss import bands, wavelet_library
 
 SIZES = [(2, 2), (2, 5), (5, 3), (7, 113), (16, 16), (31, 40), (64, 64), (113, 7)]
 WAVELETS = ["db3", "haar", "sym5", "bior2.4"]
@@ -136,7 +137,7 @@ def test_operators_first_made_under_inference_mode_still_train():
         ((torch.zeros(1, 1, 8, 8), "wavelet", "db3", 0), ValueError, ["J = 0", "at least 1"]),
     ],
 )
-def test_errors_name_what_was_received_and_what_was_expected(arguments, error, words):
+def test_errors_name_what_was_received_and_expected(arguments, error, words):
     with pytest.raises(error) as caught:
         frequency_decomposition(*arguments)
     for word in words:
@@ -171,7 +172,7 @@ print(len(caught), "pip install pytorch_wavelets" in str(caught[0].message))
     assert output.split() == ["wavelet", "fft", "True", "1", "True"]
 
 
-# What `import pkg_resources` can meet before the wavelets are loaded.
+# States of pkg_resources before pytorch_wavelets is imported.
 PKG_RESOURCES = {
     "missing": """
 class Hide(importlib.abc.MetaPathFinder):
@@ -194,16 +195,16 @@ sys.meta_path.insert(0, Break())
 
 
 @pytest.mark.parametrize("state", PKG_RESOURCES)
-def test_pytorch_wavelets_loads_whatever_pkg_resources_is_and_leaves_it_alone(state):
+def test_pytorch_wavelets_loads_in_every_state_of_pkg_resources_and_does_not_change_it(state):
     output = run_python(
         f"""
 import importlib.abc, importlib.util, sys, types
 {PKG_RESOURCES[state]}
 before = sys.modules.get("pkg_resources", "missing")
-from freq_loss_plugin import wavelet_library
+from freq_loss_plugin.loss import wavelet_library
 library = wavelet_library.load()
 print(library.__version__, sys.modules.get("pkg_resources", "missing") is before)
-# The dual-tree coefficients are what pytorch_wavelets wants pkg_resources for; they must be readable, too.
+# pytorch_wavelets needs pkg_resources for the dual-tree coefficients, which must be readable.
 print(library.DTCWTForward(J=2).h0o.numel() > 0)
 """
     )
@@ -212,12 +213,12 @@ print(library.DTCWTForward(J=2).h0o.numel() > 0)
 
 @pytest.mark.parametrize("size", [(1025, 8), (30, 1100)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_pictures_too_large_for_an_operator_have_the_same_bands(size, dtype):
+def test_images_too_large_for_an_operator_have_the_same_bands(size, dtype):
     bands.wavelet_low_pass.cache_clear()
-    pictures = torch.randn(2, 3, *size, dtype=dtype)
-    low, high = frequency_decomposition(pictures)
+    images = torch.randn(2, 3, *size, dtype=dtype)
+    low, high = frequency_decomposition(images)
     assert bands.wavelet_low_pass.cache_info().currsize == 0
-    expected_low, expected_high = oracle.wavelet_bands(pictures.double().numpy())
+    expected_low, expected_high = oracle.wavelet_bands(images.double().numpy())
     np.testing.assert_allclose(low.double().numpy(), expected_low, atol=3e-6)
     np.testing.assert_allclose(high.double().numpy(), expected_high, atol=3e-6)
 
@@ -229,7 +230,7 @@ def test_the_low_bands_of_all_levels_are_those_of_each_number_of_levels(size):
     assert len(lows) == 3
     for level, low in enumerate(lows, 1):
         torch.testing.assert_close(low, frequency_decomposition(latents, J=level).low)
-    # What the levels take away, and what is left, is everything.
+    # The details of all levels and the last low band add up to the latents.
     details = [finer - coarser for finer, coarser in zip([latents, *lows], lows, strict=False)]
     torch.testing.assert_close(sum(details) + lows[-1], latents, atol=1e-5, rtol=1e-5)
 

@@ -1,4 +1,4 @@
-"""The guidance token in real sd-scripts trainings: each picture's features in the last token of its caption."""
+"""The guidance token in real runs of sd-scripts: each image's features in the last token of its caption."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import toml
 import torch
 from safetensors.torch import save_file
 
-from freq_loss_plugin import ConfigError, guidance
+from freq_loss_plugin import ConfigError
+from freq_loss_plugin.guidance_token import features as guidance
 
 pytestmark = [pytest.mark.sd_scripts, pytest.mark.long, pytest.mark.filterwarnings("default")]
 
@@ -21,15 +22,15 @@ WIDTH = 64  # of the narrow text encoder
 BUCKETS = {"enable_bucket": True, "min_bucket_reso": 64, "bucket_reso_steps": 64, "resolution": "128,128"}
 
 
-def recognisable(caption, folder=""):
-    """Features that no other picture has."""
+def recognizable(caption, folder=""):
+    """Features that no other image has."""
     generator = torch.Generator().manual_seed(sum(map(ord, caption + folder)))
     return torch.randn(WIDTH, generator=generator)
 
 
-def give_features(picture, features, clip="test@1"):
-    tensors, metadata = guidance.contents(picture, features, clip)
-    save_file(tensors, guidance.feature_file(picture), metadata)
+def give_features(image, features, clip="test@1"):
+    tensors, metadata = guidance.contents(image, features, clip)
+    save_file(tensors, guidance.feature_file(image), metadata)
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +42,11 @@ def photos(material, tmp_path_factory):
     shutil.copytree(material / "photos" / "1_photo", folder / "1_photo")
     (folder / "2_wide").mkdir()
     for name in ("chelsea", "coffee"):
-        with Image.open(folder / "1_photo" / f"{name}.png") as picture:
-            picture.resize((144, 48)).save(folder / "2_wide" / f"wide_{name}.png")
+        with Image.open(folder / "1_photo" / f"{name}.png") as image:
+            image.resize((144, 48)).save(folder / "2_wide" / f"wide_{name}.png")
         (folder / "2_wide" / f"wide_{name}.txt").write_text(f"a wide {name}")
-    for picture in folder.rglob("*.png"):
-        give_features(picture, recognisable(picture.with_suffix(".txt").read_text()))
+    for image in folder.rglob("*.png"):
+        give_features(image, recognizable(image.with_suffix(".txt").read_text()))
     return folder
 
 
@@ -53,7 +54,7 @@ def passes(run):
     return [event for event in run.events() if event["kind"] == "pass"]
 
 
-def assert_every_pass_has_the_features_of_its_pictures(run, tokens=77):
+def assert_every_pass_has_the_features_of_its_images(run, tokens=77):
     found = passes(run)
     assert found
     for event in found:
@@ -61,7 +62,7 @@ def assert_every_pass_has_the_features_of_its_pictures(run, tokens=77):
         assert states.shape[1:] == (tokens, WIDTH)
         assert len(event["captions"]) == len(states)
         for caption, row in zip(event["captions"], states, strict=True):
-            assert torch.equal(row[-1].float(), recognisable(caption)), caption
+            assert torch.equal(row[-1].float(), recognizable(caption)), caption
     return found
 
 
@@ -78,11 +79,11 @@ def guided(sd_scripts, photos, tmp_path_factory):
     return run
 
 
-def test_both_passes_have_the_features_of_their_pictures(guided):
-    found = assert_every_pass_has_the_features_of_its_pictures(guided)
+def test_both_passes_have_the_features_of_their_images(guided):
+    found = assert_every_pass_has_the_features_of_its_images(guided)
     assert sum(event["extra"] for event in found) == sum(not event["extra"] for event in found) == 5
-    assert "guidance_token = 8: on; the last text token of each picture is its CLIP features" in guided.output
-    assert "those of 8 pictures by test@1, 64 wide" in guided.output
+    assert "guidance_token = 8: on; the last text token of each image is its CLIP features" in guided.output
+    assert "those of 8 images by test@1, 64 wide" in guided.output
 
 
 def test_every_other_token_is_as_without(guided, sd_scripts, photos, tmp_path):
@@ -95,7 +96,7 @@ def test_every_other_token_is_as_without(guided, sd_scripts, photos, tmp_path):
     assert with_token["captions"] == without["captions"]
     assert torch.equal(with_token["states"][:, :-1], without["states"][:, :-1])
     assert not torch.equal(with_token["states"][:, -1], without["states"][:, -1])
-    # The pictures, the noise and the timesteps of all steps are the same: naming pictures draws no random number.
+    # The images, the noise and the timesteps of all steps are the same: naming images draws no random number.
     for first, second in zip(passes(guided), passes(plain), strict=True):
         assert first["captions"] == second["captions"]
         assert torch.equal(first["target"], second["target"])
@@ -106,12 +107,12 @@ def test_the_file_says_it_and_carries_the_mean_as_training_sees_it(guided, photo
     assert guided.metadata["ss_freq_loss_guidance_token"] == "8.0"
     assert guided.metadata["ss_freq_loss_guidance_clip"] == "test@1"
     rows = [
-        (recognisable(picture.with_suffix(".txt").read_text()), int(picture.parent.name[0]))
-        for picture in sorted(photos.rglob("*.png"))
+        (recognizable(image.with_suffix(".txt").read_text()), int(image.parent.name[0]))
+        for image in sorted(photos.rglob("*.png"))
     ]
     mean = sum(features * repeats for features, repeats in rows) / sum(repeats for _, repeats in rows)
     torch.testing.assert_close(guidance.stored_mean(guided.metadata), mean)
-    from freq_loss_plugin.lora_info import read_lora
+    from freq_loss_plugin.lora.metadata import read_lora
 
     assert read_lora(guided.folder / "lora.safetensors").has_guidance_token
 
@@ -145,14 +146,14 @@ TOKENS = {"150 tokens, clip_skip": 152, "validation, 225 tokens, cached latents"
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_features_meet_their_pictures_whatever_else_is_on(sd_scripts, photos, tmp_path, name):
-    data = shutil.copytree(photos, tmp_path / "photos")  # caches are written beside the pictures
+def test_features_meet_their_images_whatever_else_is_on(sd_scripts, photos, tmp_path, name):
+    data = shutil.copytree(photos, tmp_path / "photos")  # caches are written beside the images
     freq_loss = {"guidance_token": True, "dist_match": 0 if name == "the token alone" else 0.003}
     run = sd_scripts.train(
         tmp_path, freq_loss=freq_loss, train_data_dir=str(data), max_train_steps=3, **{**BUCKETS, **VARIANTS[name]}
     )
     assert run.returncode == 0, run.output
-    found = assert_every_pass_has_the_features_of_its_pictures(run, TOKENS.get(name, 77))
+    found = assert_every_pass_has_the_features_of_its_images(run, TOKENS.get(name, 77))
     assert run.metadata["ss_freq_loss_guidance_token"] == "1.0"
     assert all(event["is_train"] for event in found) == ("validation" not in name)
     if name == "the token alone":
@@ -160,13 +161,13 @@ def test_features_meet_their_pictures_whatever_else_is_on(sd_scripts, photos, tm
         assert "the loss is off (dist_match = 0)" in run.output
 
 
-def test_several_subsets_and_regularisation_pictures(sd_scripts, photos, tmp_path):
-    """A dataset config; the regularisation pictures need features, too, and do not count in the mean."""
+def test_several_subsets_and_regularization_images(sd_scripts, photos, tmp_path):
+    """A dataset config; the regularization images need features, too, and do not count in the mean."""
     regular = tmp_path / "regular"
     regular.mkdir()
     shutil.copy(photos / "1_photo" / "rocket.png", regular / "other.png")
     (regular / "other.txt").write_text("something else")
-    give_features(regular / "other.png", recognisable("something else"))
+    give_features(regular / "other.png", recognizable("something else"))
     subsets = [
         {"image_dir": str(photos / "1_photo"), "num_repeats": 1},
         {"image_dir": str(photos / "2_wide"), "num_repeats": 3},
@@ -183,7 +184,7 @@ def test_several_subsets_and_regularisation_pictures(sd_scripts, photos, tmp_pat
         max_train_steps=8,
     )
     assert run.returncode == 0, run.output
-    found = assert_every_pass_has_the_features_of_its_pictures(run)
+    found = assert_every_pass_has_the_features_of_its_images(run)
     assert {caption for event in found for caption in event["captions"]} >= {"something else", "a wide coffee"}
 
 
@@ -219,7 +220,7 @@ def test_missing_features_stop_the_training_before_the_model_is_loaded(sd_script
     guidance.feature_file(data / "1_photo" / "coffee.png").unlink()
     run = sd_scripts.train(tmp_path, freq_loss={"guidance_token": 8.0}, train_data_dir=str(data), **BUCKETS)
     assert run.returncode != 0
-    assert "1 pictures have no features yet" in run.output.replace("1 of 1", "1")
+    assert "1 images have no features yet" in run.output.replace("1 of 1", "1")
     assert str(data / "1_photo" / "coffee.png") in run.output
     assert f"-m freq_loss_plugin extract-features --train_data_dir {data}" in run.output
     assert "load Diffusers pretrained" not in run.output
@@ -227,8 +228,8 @@ def test_missing_features_stop_the_training_before_the_model_is_loaded(sd_script
 
 def test_features_of_another_width_are_explained(sd_scripts, photos, tmp_path):
     data = shutil.copytree(photos, tmp_path / "photos")
-    for picture in data.rglob("*.png"):
-        give_features(picture, torch.randn(768), clip="large@2")
+    for image in data.rglob("*.png"):
+        give_features(image, torch.randn(768), clip="large@2")
     run = sd_scripts.train(tmp_path, freq_loss={"guidance_token": 8.0}, train_data_dir=str(data), **BUCKETS)
     assert run.returncode != 0
     assert "the features (CLIP large@2) are 768 wide, and the text encoder of this model 64" in run.output
@@ -259,11 +260,11 @@ def test_a_data_set_that_does_not_say_what_it_shows_is_refused(monkeypatch):
     from library.train_util import MinimalDataset
 
     from kohya_patch.guidance import TokenGuidance
-    from kohya_patch.trainers import Training
+    from kohya_patch.trainers import TrainingRun
 
     class OwnDataset(MinimalDataset):
         pass
 
     dataset = OwnDataset((64, 64), 1.0)
     with pytest.raises(ConfigError, match=r"class OwnDataset has no buckets_indices.*remove dataset_class"):
-        TokenGuidance(Training(None, argparse.Namespace(), datasets=(dataset,)), None)
+        TokenGuidance(TrainingRun(None, argparse.Namespace(), datasets=(dataset,)), None)

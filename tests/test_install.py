@@ -1,4 +1,4 @@
-"""install.py: run as a program, on a checkout that works, on ones that do not, and as the ComfyUI Manager runs it."""
+"""install.py, run as a program: on working and broken checkouts of sd-scripts, and as the ComfyUI Manager runs it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def install(*arguments, python=sys.executable, cwd=ROOT):
 
 @pytest.fixture
 def copied(tmp_path):
-    """A copy of what train_network.py of the checkout imports, to be changed."""
+    """A copy of the part of the checkout that train_network.py imports, for tests that modify it."""
     source = hosts.sd_scripts()
     folder = tmp_path / "sd-scripts"
     for name in ("library", "networks"):
@@ -52,7 +52,7 @@ def needs_the_packages_of_sd_scripts():
         pytest.importorskip(name)
 
 
-def test_as_the_manager_runs_it_there_is_nothing_to_say(tmp_path):
+def test_the_manager_run_is_silent_when_nothing_is_missing(tmp_path):
     done = install(cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
@@ -96,21 +96,19 @@ def test_a_checkout_that_cannot_be_imported_says_why(copied):
 
 
 @pytest.mark.sd_scripts
-def test_only_where_it_is_true_a_check_before_the_models_is_promised(copied, tmp_path):
-    """By a folder whose sitecustomize.py does what Python does with the .pth file of an installed plug-in."""
+def test_an_early_check_is_promised_only_where_there_is_one(copied, tmp_path):
+    """A sitecustomize.py stands in for the .pth file of an installed plug-in."""
     site = tmp_path / "site"
     site.mkdir()
     lines = ("import site, sys", f"sys.path.append({str(ROOT)!r})", f"site.addsitedir({str(ROOT / 'kohya_patch')!r})")
     (site / "sitecustomize.py").write_text("\n".join(lines))
     module = install_module()
-    assert module.ask_the_host(copied, plugin=site).checks_early
+    assert module.check_host(copied, plugin=site)["checks_early"]
     rename_everywhere(copied, "verify_training_args", "verify_the_arguments")
-    found = module.ask_the_host(copied, plugin=site)
-    assert found.problems == {"train_network.py": None}
-    assert not found.checks_early
+    assert module.check_host(copied, plugin=site) == {"problems": {"train_network.py": None}, "checks_early": False}
 
 
-def test_another_python_is_told_to_activate_the_right_one(tmp_path):
+def test_a_python_without_the_packages_is_refused_with_a_hint(tmp_path):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "bare")], check=True)
     python = tmp_path / "bare" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     done = install("--sd-scripts", str(tmp_path), "--check", python=str(python))
@@ -128,12 +126,11 @@ def test_check_needs_a_path():
 def test_every_trainer_of_the_checkout_is_accepted():
     module = install_module()
     assert module.check_checkout(hosts.sd_scripts()) == []
-    found = module.ask_the_host(hosts.sd_scripts(), plugin=ROOT)
     scripts = {path.name for path in hosts.sd_scripts().glob("*train_network.py")}
-    assert found.problems == dict.fromkeys(scripts)
+    assert module.check_host(hosts.sd_scripts(), plugin=ROOT)["problems"] == dict.fromkeys(scripts)
 
 
-def test_the_wheel_holds_the_two_packages_and_the_startup_file_and_nothing_else(tmp_path):
+def test_the_wheel_contains_the_two_packages_and_the_startup_file_only(tmp_path):
     built = subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)],
         capture_output=True,
@@ -149,8 +146,8 @@ def test_the_wheel_holds_the_two_packages_and_the_startup_file_and_nothing_else(
         "kohya_patch",
         "freq_loss_plugin_startup.pth",
     }
-    assert "freq_loss_plugin/bands.py" in names
-    # Python runs only lines that begin with "import ", and one line is all that it should run.
+    assert "freq_loss_plugin/loss/bands.py" in names
+    # Python runs only lines that begin with "import "; there must be exactly one.
     assert startup.startswith("import sys; ")
     assert startup.count("\n") == 1
 
@@ -161,7 +158,7 @@ import site, sys
 site.addsitedir({str(ROOT / "kohya_patch")!r})
 print("kohya_patch.startup" in sys.modules, [type(finder).__name__ for finder in sys.meta_path].count("_Watcher"))
 """
-    command = [sys.executable, "-S", "-c", code]  # -S: whatever is installed has no say
+    command = [sys.executable, "-S", "-c", code]  # -S ignores installed packages
     assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout == "False 0\n"
     command.append("train_network.py")
     assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout == "True 1\n"

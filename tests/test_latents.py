@@ -1,4 +1,4 @@
-"""Recovering clean latents: exact targets must give back exactly the clean latent."""
+"""Recovering clean latents: the exact target must give the clean latent."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from freq_loss_plugin import recover_latent
-from freq_loss_plugin.latents import PREDICTION_TYPES, residual_scale
+from freq_loss_plugin.loss.latents import PREDICTION_TYPES, residual_scale
 
 ALPHAS = torch.from_numpy(oracle.stable_diffusion_alphas_cumprod())
 TIMESTEPS = torch.tensor([0, 200, 599, 999])
@@ -53,18 +53,18 @@ def test_v_prediction_is_finite_at_zero_terminal_snr_and_epsilon_is_not():
     assert not recover_latent(noisy * 1.1, noisy, last, alphas, "epsilon").isfinite().any()
 
 
-def test_v_equals_the_way_through_epsilon():
+def test_v_prediction_equals_the_detour_through_epsilon():
     _, noisy, _ = noised("epsilon")
     velocity = torch.randn_like(noisy)
     for i, t in enumerate(TIMESTEPS.tolist()):
         expected = oracle.clean_latent(
             velocity[i].numpy(), noisy[i].numpy(), ALPHAS[t].item(), t / 1000, "v_prediction"
         )
-        found = recover_latent(velocity[i : i + 1], noisy[i : i + 1], t, ALPHAS, "v_prediction")[0]
-        np.testing.assert_allclose(found.numpy(), expected, rtol=1e-9, atol=1e-9)
+        recovered = recover_latent(velocity[i : i + 1], noisy[i : i + 1], t, ALPHAS, "v_prediction")[0]
+        np.testing.assert_allclose(recovered.numpy(), expected, rtol=1e-9, atol=1e-9)
 
 
-def test_exact_sigmas_win_over_rounded_timesteps():
+def test_exact_sigmas_take_precedence_over_rounded_timesteps():
     clean, noisy, perfect = noised("flow")
     rounded = TIMESTEPS.to(torch.bfloat16)
     sigmas = TIMESTEPS.double() / 1000
@@ -73,12 +73,12 @@ def test_exact_sigmas_win_over_rounded_timesteps():
     assert not torch.allclose(recover_latent(perfect, noisy, rounded, None, "flow"), clean, atol=1e-6)
 
 
-def test_one_timestep_for_the_batch_equals_the_same_timestep_for_each():
+def test_a_scalar_timestep_equals_the_same_timestep_for_every_sample():
     for prediction_type in PREDICTION_TYPES:
         clean, noisy, perfect = noised(prediction_type)
         one = recover_latent(perfect, noisy, 345, ALPHAS, prediction_type)
-        each = recover_latent(perfect, noisy, torch.full((4,), 345), ALPHAS, prediction_type)
-        torch.testing.assert_close(one, each)
+        per_sample = recover_latent(perfect, noisy, torch.full((4,), 345), ALPHAS, prediction_type)
+        torch.testing.assert_close(one, per_sample)
         assert clean.shape == one.shape
 
 

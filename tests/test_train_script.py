@@ -1,4 +1,4 @@
-"""train_freq_aware.sh as a newcomer calls it: a clone, some other folder, an environment of its own."""
+"""train_freq_aware.sh from a fresh clone: it creates an environment and trains in another folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
-    """The tracked files, and those that are about to be."""
+    """A copy of the files that git tracks or would track."""
     folder = tmp_path_factory.mktemp("clone")
     listed = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     for name in subprocess.run(listed, check=True, capture_output=True, text=True).stdout.split("\0"):
@@ -27,7 +27,7 @@ def clone(tmp_path_factory):
 
 
 def test_from_an_empty_folder_to_a_lora(clone, tmp_path):
-    """In a new environment that sees the packages of this one, so that nothing large is downloaded again."""
+    """In a new environment that can import the packages of this one, so that nothing large is downloaded."""
     venv, empty = tmp_path / "venv", tmp_path / "empty"
     empty.mkdir()
     subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
@@ -47,16 +47,16 @@ def test_from_an_empty_folder_to_a_lora(clone, tmp_path):
         "comparison.png",
         "config.toml",
         "curves.png",
-        "pictures",
+        "images",
         "tiny_lora-plain_mse.safetensors",
         "tiny_lora-plain_mse.state",
         "tiny_lora.safetensors",
         "tiny_lora.state",
     ]
-    assert len(list((empty / "output" / "pictures" / "frames" / "1_frames").glob("*.png"))) == 24
+    assert len(list((empty / "output" / "images" / "frames" / "1_frames").glob("*.png"))) == 24
     imported = [str(venv / "bin" / "python"), "-c", "import freq_loss_plugin; print(freq_loss_plugin.__file__)"]
-    where = subprocess.run(imported, cwd=empty, env=environment, capture_output=True, text=True).stdout.strip()
-    assert Path(where) == clone / "freq_loss_plugin" / "__init__.py"
+    printed = subprocess.run(imported, cwd=empty, env=environment, capture_output=True, text=True).stdout.strip()
+    assert Path(printed) == clone / "freq_loss_plugin" / "__init__.py"
     again = run("--help")
     assert again.returncode == 0
     assert "installing" not in again.stdout

@@ -1,10 +1,11 @@
-"""The script that trains the embedded model: its parts, and every stage for a few steps."""
+"""The training of the toy model: its parts, and every stage for a few steps."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,79 +14,79 @@ import torch
 from PIL import Image
 from torch.nn import Linear
 
-from freq_loss_plugin.embedded.pictures import CAPTIONED, draw, random_scene
-from freq_loss_plugin.engine.extraction import Clip
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+pytest.importorskip("more_itertools")
 
-for needed in ("diffusers", "transformers"):
-    pytest.importorskip(needed)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "assets"))
+
+from make_tiny_sd import architecture, autoencoder, evaluation, image_encoder, images, stage, tokenizer, unet
+
+from freq_loss_plugin.guidance_token.extract import Clip
+from freq_loss_plugin.toy_model.scenes import CAPTIONED, random_scene
 
 pytestmark = pytest.mark.filterwarnings("default")  # diffusers' and transformers' own
 
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def script():
-    path = Path(__file__).parent.parent / "assets" / "train_tiny_sd.py"
-    spec = importlib.util.spec_from_file_location("train_tiny_sd", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_topology_is_that_of_sd15(script):
+def test_the_topology_is_that_of_sd15():
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     def names(model):
         return {name for name, _ in model.named_parameters()}
 
     # diffusers' defaults for the UNet are SD1.5's; SD's autoencoder has four levels of two layers.
-    assert names(script.make_unet()) == names(UNet2DConditionModel(block_out_channels=(32, 64, 64, 64)))
-    assert len(script.make_unet().down_blocks) == 4
+    assert names(architecture.make_unet()) == names(UNet2DConditionModel(block_out_channels=(32, 64, 64, 64)))
+    assert len(architecture.make_unet().down_blocks) == 4
     widths = {"block_out_channels": (32,) * 4, "latent_channels": 4, "layers_per_block": 2}
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
     levels = names(AutoencoderKL(**widths, **blocks))
-    assert {n for n in names(script.make_vae()) if "shortcut" not in n} == {n for n in levels if "shortcut" not in n}
+    assert {n for n in names(architecture.make_vae()) if "shortcut" not in n} == {
+        n for n in levels if "shortcut" not in n
+    }
 
 
-def test_every_word_of_a_caption_is_one_token_and_any_other_text_survives(script, tmp_path):
-    tokenizer = script.make_tokenizer(tmp_path)
+def test_every_word_of_a_caption_is_one_token_and_any_other_text_survives(tmp_path):
+    trained = tokenizer.load_or_make_tokenizer(tmp_path)
     generator = np.random.default_rng(3)
     for _ in range(50):
         caption = random_scene(generator).caption()
-        assert len(tokenizer(caption).input_ids) == len(caption.split()) + 2
-    assert tokenizer.unk_token_id not in tokenizer("zebra, 7!").input_ids[1:-1]
-    assert tokenizer.decode(tokenizer("a zebra").input_ids, skip_special_tokens=True) == "a zebra"
-    assert tokenizer("x", padding="max_length").input_ids[-1] == tokenizer.eos_token_id
+        assert len(trained(caption).input_ids) == len(caption.split()) + 2
+    assert trained.unk_token_id not in trained("zebra, 7!").input_ids[1:-1]
+    assert trained.decode(trained("a zebra").input_ids, skip_special_tokens=True) == "a zebra"
+    assert trained("x", padding="max_length").input_ids[-1] == trained.eos_token_id
+    assert trained.eos_token_id == max(trained.get_vocab().values()) == len(trained) - 1
+    # The trainer numbers tokens anew every time, so a second call has to read the files.
+    assert tokenizer.load_or_make_tokenizer(tmp_path).get_vocab() == trained.get_vocab()
 
 
-def test_rescaling_gives_unit_variance_and_changes_no_picture(script):
+def test_rescaling_gives_unit_variance_and_changes_no_image():
     torch.manual_seed(0)
-    vae = script.make_vae()
-    pixels = script.to_tensor([draw(random_scene(np.random.default_rng(i))) for i in range(2)])
+    vae = architecture.make_vae()
+    pixels = images.draw_all(images.random_scenes(0, 2))
     with torch.no_grad():
         before = vae.decode(vae.encode(pixels).latent_dist.mode()).sample
-        script.fit_scaling_factor(vae, CPU)
+        autoencoder.fit_scaling_factor(vae, CPU)
         after = vae.decode(vae.encode(pixels).latent_dist.mode()).sample
-        generator = np.random.default_rng(script.TRAINING)
-        base = script.to_tensor([draw(random_scene(generator)) for _ in range(64)])
-        spread = (vae.encode(base).latent_dist.sample() * script.SCALING_FACTOR).std()
+        base = images.draw_all(images.random_scenes(images.TRAINING, 64))
+        deviation = (vae.encode(base).latent_dist.sample() * architecture.SCALING_FACTOR).std()
     torch.testing.assert_close(after, before, atol=1e-4, rtol=1e-3)
-    assert spread == pytest.approx(1, abs=0.05)
+    assert deviation == pytest.approx(1, abs=0.05)
 
 
-def stage_of(script, file, steps=8):
+def new_stage(file, steps=8):
     torch.manual_seed(0)
-    return script.Stage(file, {"line": Linear(4, 4)}, steps, 0.1)
+    return stage.Stage(file, {"line": Linear(4, 4)}, steps, rate=0.1, decay=0.9)
 
 
 class KilledError(Exception):
     pass
 
 
-def run(stage, until):
-    """Train, and be killed when step ``until`` is to be made."""
-    model = stage.modules["line"]
+def run(training, until):
+    """Train, and be killed when step ``until`` begins."""
+    model = training.modules["line"]
 
     def loss_of_step(step):
         if step == until:
@@ -93,27 +94,28 @@ def run(stage, until):
         return {"loss": model(torch.randn(8, 4)).square().mean()}
 
     with contextlib.suppress(KilledError):
-        stage.run(loss_of_step, decay=0.9)
+        training.run(loss_of_step)
 
 
-def test_an_interrupted_stage_ends_where_an_uninterrupted_one_does(script, tmp_path, monkeypatch):
-    monkeypatch.setattr(script, "SAVE_EVERY", 2)
-    whole = stage_of(script, tmp_path / "whole.pt")
+def test_an_interrupted_stage_ends_where_an_uninterrupted_one_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(stage, "SAVE_EVERY", 2)
+    whole = new_stage(tmp_path / "whole.pt")
+    start = [parameter.clone() for parameter in whole.modules["line"].parameters()]
     run(whole, 8)
-    run(stage_of(script, tmp_path / "parts.pt"), 5)
-    rest = stage_of(script, tmp_path / "parts.pt")
+    run(new_stage(tmp_path / "parts.pt"), 5)
+    rest = new_stage(tmp_path / "parts.pt")
     assert rest.step == 4
     run(rest, 8)
-    for ours, theirs in zip(whole.modules["line"].parameters(), rest.modules["line"].parameters(), strict=True):
-        assert torch.equal(ours, theirs)
-    for ours, theirs in zip(whole.average["line"], rest.average["line"], strict=True):
-        assert torch.equal(ours, theirs)
+    parameters = [list(training.modules["line"].parameters()) for training in (whole, rest)]
+    for before, one, other in zip(start, *parameters, strict=True):
+        assert torch.equal(one, other)
+        assert not torch.equal(one, before)
 
 
-def test_a_failed_save_leaves_the_last_state_whole(script, tmp_path, monkeypatch):
-    monkeypatch.setattr(script, "SAVE_EVERY", 2)
-    stage = stage_of(script, tmp_path / "state.pt")
-    run(stage, 3)
+def test_a_failed_save_leaves_the_last_state_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(stage, "SAVE_EVERY", 2)
+    training = new_stage(tmp_path / "state.pt")
+    run(training, 3)
     before = (tmp_path / "state.pt").read_bytes()
 
     def full_disk(state, file):
@@ -122,33 +124,59 @@ def test_a_failed_save_leaves_the_last_state_whole(script, tmp_path, monkeypatch
 
     monkeypatch.setattr(torch, "save", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        stage.save()
+        training.save()
     assert (tmp_path / "state.pt").read_bytes() == before
 
 
-def test_all_stages_in_order(script, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(script, "OUTPUT", tmp_path / "tiny_sd")
-    options = argparse.Namespace(work=tmp_path / "work", steps=2, pictures=32, samples=2)
+def test_the_learning_rate_rises_and_falls_to_0(tmp_path):
+    """AdamW moves a bias of constant gradient by the learning rate."""
+    training = new_stage(tmp_path / "state.pt", steps=100)
+    bias, moves = training.modules["line"].bias, []
+
+    def loss_of_step(step):
+        moves.append(bias.detach().clone())
+        return {"loss": bias.sum() + 0 * training.modules["line"].weight.sum()}
+
+    training.run(loss_of_step)
+    lengths = torch.stack(moves).diff(dim=0).norm(dim=1)
+    assert lengths.argmax() == stage.WARMUP
+    assert lengths[0] == 0
+    assert lengths[-1] < 0.05 * lengths.max()
+
+
+def test_all_stages_in_order(tmp_path, capsys):
+    output = tmp_path / "tiny_sd"
+    options = argparse.Namespace(output=output, work=tmp_path / "work", steps=2, images=32, samples=2)
     with pytest.raises(SystemExit, match="run the stage vae first"):
-        script.train_unet(options, CPU)
-    script.train_vae(options, CPU)
+        unet.train_unet(options, CPU)
+    autoencoder.train_vae(options, CPU)
     with pytest.raises(SystemExit, match="run the stages vae and unet first"):
-        script.evaluate(options, CPU)
-    script.train_unet(options, CPU)
-    script.evaluate(options, CPU)
-    script.train_clip(options, CPU)
-    told = capsys.readouterr().out
-    assert "held-out PSNR" in told
+        evaluation.evaluate(options, CPU)
+    unet.train_unet(options, CPU)
+    evaluation.evaluate(options, CPU)
+    image_encoder.train_clip(options, CPU)
+    printed = capsys.readouterr().out
+    assert "validation PSNR" in printed
     for name in CAPTIONED:
-        assert told.count(f"{name} ") == 2
-    clip = Clip(str(tmp_path / "tiny_sd" / "image_encoder"), CPU)
-    features = clip([Image.new("RGB", (200, 128), colour) for colour in ("red", "blue")])
-    assert features.shape == (2, script.TEXT_WIDTH)
+        assert printed.count(f"{name} ") == 2
+    with Image.open(output / "samples.png") as sheet:
+        assert sheet.size == (2 * 128, 2 * 128)
+    clip = Clip(str(output / "image_encoder"), CPU)
+    features = clip([Image.new("RGB", (200, 128), color) for color in ("red", "blue")])
+    assert features.shape == (2, architecture.TEXT_WIDTH)
     assert not torch.allclose(features[0], features[1])
 
     from diffusers import StableDiffusionPipeline
 
-    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "tiny_sd", torch_dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(output, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline("a red circle", height=128, width=128, num_inference_steps=2).images[0].size == (128, 128)
-    assert sum(file.stat().st_size for file in (tmp_path / "tiny_sd").rglob("*") if file.is_file()) < 16e6
+    assert sum(file.stat().st_size for file in output.rglob("*") if file.is_file()) < 16e6
+
+
+def test_the_command_names_the_stages_that_come_first(tmp_path):
+    script = Path(images.__file__).parents[1] / "train_tiny_sd.py"
+    command = [sys.executable, str(script), "evaluate", "--output", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert f"no model in {tmp_path}: run the stages vae and unet first" in done.stderr

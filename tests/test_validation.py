@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from freq_loss_plugin import FreqLossConfig
-from freq_loss_plugin.spectra import compare_spectra
-from freq_loss_plugin.validation import ValidationBands
+from freq_loss_plugin.analysis.spectra import compare_spectra
+from freq_loss_plugin.training.validation import ValidationBands
 
 
 def test_numbers_are_those_of_the_loss_over_batches_in_the_window():
@@ -30,7 +30,7 @@ def test_numbers_are_those_of_the_loss_over_batches_in_the_window():
     result = bands.finish()
     expected = np.mean(energies, axis=0)
     assert [result.numbers["low"], result.numbers["high"]] == pytest.approx(list(expected), rel=1e-4)
-    low, high, _ = compare_spectra(torch.cat(predicted), torch.cat(clean), config).bands
+    low, high, _ = compare_spectra(torch.cat(predicted), torch.cat(clean), config.bands).bands
     assert result.numbers["spectrum_low"] == pytest.approx(low.distance)
     assert result.numbers["spectrum_high"] == pytest.approx(high.distance)
     assert bands.finish() is None  # it begins anew
@@ -55,7 +55,7 @@ def test_a_blurred_prediction_has_a_distance_in_the_high_band():
     assert numbers["spectrum_high"] > 5 > numbers["spectrum_low"]
 
 
-def test_sizes_are_compared_each_for_itself_and_weighed_by_their_pictures():
+def test_sizes_are_compared_each_for_itself_and_weighed_by_their_images():
     bands = ValidationBands(FreqLossConfig())
     numbers = []
     for count, shape in ((6, (4, 16, 16)), (2, (4, 8, 24))):
@@ -67,4 +67,4 @@ def test_sizes_are_compared_each_for_itself_and_weighed_by_their_pictures():
     for name, weights in {"low": (1, 1), "high": (1, 1), "spectrum_low": (6, 2), "spectrum_high": (6, 2)}.items():
         expected = np.average([each[name] for each in numbers], weights=weights)
         assert found.numbers[name] == pytest.approx(expected, rel=1e-5)
-    assert len(found.spectra.a.frequency) == 8  # of the size with more pictures
+    assert len(found.spectra.a.frequency) == 8  # of the size with more images

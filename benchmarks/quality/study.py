@@ -1,12 +1,12 @@
-"""Does the loss help? LoRAs on the embedded model, in every arm, with several seeds, on both held-back styles.
+"""Does the loss help? LoRAs on the toy model, in every arm, with several seeds, on both styles that it has not seen.
 
-    pip install scipy wavelet-loss focal-frequency-loss        where the last two are missing, their arms are left out
+    pip install "freq-loss-plugin[study]"
+    pip install wavelet-loss focal-frequency-loss        optional: the arms of these packages
     python benchmarks/quality/study.py [--seeds 5] [--steps 120] [--output output/quality]
 
-Trials that are there already are not trained again, so an interrupted study goes on where it stopped, and more seeds
-or arms can be added later. Writes one JSON file for each trial, `results.csv` with all of them, the tables
-`results.md`, `forest.png` and `samples.png`. What is trained and measured, and how: `arms.py`, `trial.py`,
-`metrics.py`, `report.py`.
+Finished trials are not repeated, so an interrupted study continues where it stopped, and more seeds or arms can be
+added later. Writes one JSON file for each trial, `results.csv` with all of them, the tables `results.md`, `forest.png`
+and `samples.png`. What is trained and measured, and how: `arms.py`, `trial.py`, `metrics.py`, `report.py`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import trial
 from arms import all_arms
 from tqdm import tqdm
 
-from freq_loss_plugin.embedded.pictures import STYLES
+from freq_loss_plugin.toy_model.scenes import STYLES
 
 SHOWN = ("plain MSE", "control: weighted MSE, 10%", "wavelet, 10%", "wavelet, 20%", "focal, as published")
 
@@ -70,7 +70,7 @@ def main() -> None:
     text = report.tables(results)
     (options.output / "results.md").write_text(text + "\n", encoding="utf-8")
     report.forest(results, options.output / "forest.png")
-    report.pictures(results, options.output, [arm for arm in SHOWN if arm in arms], options.output / "samples.png")
+    report.images(results, options.output, [arm for arm in SHOWN if arm in arms], options.output / "samples.png")
     print(text)
 
 

@@ -1,4 +1,4 @@
-"""Trains with and without the loss and lays the results side by side: pictures with the same seeds, and curves."""
+"""Trains with and without the loss and shows both side by side: samples from the same seeds, and curves."""
 
 from __future__ import annotations
 
@@ -10,27 +10,30 @@ from accelerate import PartialState
 from diffusers import DDIMScheduler
 from torch import Tensor, autocast
 
-from ..config import FreqLossConfig
-from ..options import ConfigError
+from ..options.config import FreqLossConfig
+from ..options.fields import ConfigError
 from . import plots
 from .dataset import Example, find, load_pixels
 from .model import Model, load
+from .run import train
 from .settings import Settings
-from .training import Outcome, train
+from .trainer import Outcome
 
-PLAIN, OURS = "plain MSE", "with the frequency loss"
+# How many training images are read for the spectrum.
+_MAX_IMAGES = 64
+PLAIN, WITH_LOSS = "plain MSE", "with the frequency loss"
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures are drawn: DDIM, the same noise for the same place.
+    """How images are sampled, with DDIM.
 
     Attributes:
-        prompts: one for each picture.
-        steps: of the sampler.
-        guidance: scale of classifier-free guidance.
-        seed: of the first picture; the next ones count on.
-        features: for the guidance token of the prompts, shape (B or 1, width); None for none.
+        prompts: one for each image.
+        steps: sampling steps.
+        guidance: the scale of classifier-free guidance.
+        seed: seed of the first image; image i has seed + i.
+        features: the features for the guidance token, shape (B or 1, width); None without one.
     """
 
     prompts: list[str]
@@ -41,21 +44,35 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Shown:
-    """What a training with `train_and_show` leaves: its outcomes by arm, and the pictures that were made of them."""
+class Comparison:
+    """The result of `train_and_compare`.
+
+    Attributes:
+        outcomes: what each run left behind, by its name.
+        files: the images that were written.
+    """
 
     outcomes: dict[str, Outcome]
     files: list[Path]
 
     @property
     def finished(self) -> bool:
-        """False where one arm was interrupted."""
+        """False if a run was interrupted."""
         return all(outcome.finished for outcome in self.outcomes.values())
 
 
 @torch.no_grad()
 def sample(model: Model, sampling: Sampling, size: tuple[int, int]) -> Tensor:
-    """Pictures for the prompts, shape (B, 3, H, W), 0..1."""
+    """Sample images for the prompts.
+
+    Args:
+        model: the model with its LoRA layers.
+        sampling: prompts, steps and seeds.
+        size: (width, height) in pixels.
+
+    Returns:
+        Shape (B, 3, H, W), 0..1.
+    """
     pipeline = model.pipeline
     pipeline.scheduler = DDIMScheduler.from_config(model.scheduler.config, set_alpha_to_one=False, steps_offset=1)
     pipeline.set_progress_bar_config(disable=True)
@@ -76,42 +93,52 @@ def sample(model: Model, sampling: Sampling, size: tuple[int, int]) -> Tensor:
     return (torch.stack(pixels).cpu() / 2 + 0.5).clamp(0, 1)
 
 
-def train_and_show(
+def train_and_compare(
     settings: Settings,
     loss: FreqLossConfig,
     *,
     sampling: Sampling,
     resume: bool = False,
     held_out: list[Example] | None = None,
-) -> Shown:
-    """Train once with plain MSE and once with the loss, all else equal, and draw both.
+) -> Comparison:
+    """Train once with plain MSE and once with the loss, all else equal, and plot both.
 
-    With a guidance token both are trained with it, and their samples get the mean of the training pictures' features.
+    With a guidance token both are trained with it, and their samples use the mean of the training images' features.
 
-    Beside the two LoRA files this writes ``comparison.png`` (training pictures, samples before, after plain MSE, after
-    the loss) and ``curves.png`` (band losses, radial spectra) to ``output_dir``. Arguments and errors as for
-    `freq_loss_plugin.engine.training.train`.
+    Besides the two LoRA files this writes ``comparison.png`` (training images, samples before training, with plain MSE,
+    with the loss) and ``curves.png`` (band losses, radial spectra) to ``output_dir``.
+
+    Args:
+        settings: see `freq_loss_plugin.engine.settings`.
+        loss: the options of the frequency loss; the run with plain MSE differs in nothing else.
+        sampling: the samples in ``comparison.png``.
+        resume: continue from saved states.
+        held_out: images on which to evaluate the bands; not trained on.
+
+    Raises:
+        ConfigError: settings, data or model cannot be used, or there is no state to resume from.
+        NonFiniteLossError: a run has diverged.
     """
-    off = replace(loss, dist_match=0.0, share=0.0, grad_cosine=False, validation=False)
-    plain = replace(settings, output_name=f"{settings.output_name}-plain_mse"), off
-    arms = {PLAIN: plain, OURS: (settings, loss)}
+    off = replace(loss, dist_match=0.0, gradient_ratio=0.0, grad_cosine=False, validation=False)
+    plain = replace(settings, output_name=f"{settings.output_name}-plain_mse")
+    arms = {PLAIN: (plain, off), WITH_LOSS: (settings, loss)}
     if resume and not any(arm.state_file.is_file() for arm, _ in arms.values()):
         raise ConfigError(
             f"--resume: no saved state in {settings.output_dir}; train without --resume first, or check output_dir"
         )
     examples = find(settings).examples
     size = examples[0].size
-    data = torch.stack([load_pixels(each) for each in examples if each.size == size][:64]) / 2 + 0.5
-    rows = {"training pictures": data}
+    of_one_size = [load_pixels(example) for example in examples if example.size == size][:_MAX_IMAGES]
+    rows = {"training images": torch.stack(of_one_size) / 2 + 0.5}
     outcomes: dict[str, Outcome] = {}
-    print("drawing samples of the model as it is")
+    print("sampling from the model before training")
     rows["before"] = sample(load(settings, PartialState().device), sampling, size)
     for name, (arm, options) in arms.items():
         print(f"\n{name}:")
-        go_on = resume and arm.state_file.is_file()
-        outcomes[name] = train(arm, options, resume=go_on, held_out=held_out, title=name)
+        can_resume = resume and arm.state_file.is_file()
+        outcomes[name] = train(arm, options, resume=can_resume, held_out=held_out, title=name)
         if not outcomes[name].finished:
-            return Shown(outcomes, [])
+            return Comparison(outcomes, [])
         features = outcomes[name].features
         guided = sampling if features is None else replace(sampling, features=features.mean[None])
         rows[name] = sample(outcomes[name].model, guided, size)
@@ -120,4 +147,4 @@ def train_and_show(
         plots.comparison(folder / "comparison.png", rows, sampling.prompts),
         plots.curves(folder / "curves.png", outcomes, rows),
     ]
-    return Shown(outcomes, files)
+    return Comparison(outcomes, files)

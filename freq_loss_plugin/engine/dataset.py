@@ -1,10 +1,10 @@
-"""Pictures in kohya's folder layout: finding them, reading them, and the batches of a training.
+"""Images in kohya's folder layout: finding them, reading them, and the batches of a run.
 
-    train_data_dir/10_mycat/one.png          ten times per epoch
+    train_data_dir/10_mycat/one.png          repeated ten times per epoch
     train_data_dir/10_mycat/one.caption      its caption; without one, "mycat"
 
-Which picture a batch holds depends on the seed and the number of the batch alone, so that a resumed training goes on
-where it stopped.
+Which images a batch holds depends only on the seed and the number of the batch, so a resumed run continues where it
+stopped.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..guidance import Features
-from ..options import ConfigError
-from ..picture_folders import ENDINGS, of_folder, repeated
+from ..guidance_token.features import Features
+from ..guidance_token.image_folders import ENDINGS, of_folder, repeated
+from ..options.fields import ConfigError
 from .settings import Settings
 
-# How many names an error or a warning lists.
-_SHOWN = 10
+# How many file names an error or a warning lists.
+_MAX_LISTED = 10
 
 
 @dataclass(frozen=True)
 class Example:
-    """One picture of the data set.
+    """One image of the data set.
 
     Attributes:
-        file: where it is.
-        caption: its words.
-        repeats: how often it is shown per epoch.
-        size: (width, height) at which it is trained.
+        file: its path.
+        caption: the text it is trained with.
+        repeats: how often it occurs per epoch.
+        size: (width, height) in pixels at which it is trained.
     """
 
     file: Path
@@ -47,7 +47,13 @@ class Example:
 
 @dataclass(frozen=True)
 class DataSet:
-    """All pictures of a training, what there is to say about them, and their features for a guidance token."""
+    """The training images.
+
+    Attributes:
+        examples: the images.
+        warnings: what the user should know about them.
+        features: those for the guidance token; None without one.
+    """
 
     examples: list[Example]
     warnings: list[str]
@@ -64,7 +70,7 @@ class DataSet:
 
 
 def find(settings: Settings) -> DataSet:
-    """The pictures below ``train_data_dir``, every one of which can be read.
+    """The images below ``train_data_dir``; all of them are opened once to check that they can be read.
 
     Raises:
         ConfigError: there are none, or some cannot be read; those are listed.
@@ -82,86 +88,96 @@ def find(settings: Settings) -> DataSet:
             caption = _caption(file, settings.caption_extension)
             if caption is None:
                 without_caption.append(file)
-            words = name if caption is None else caption
-            examples.append(Example(file, words, repeats, bucket(size, settings)))
+            text = name if caption is None else caption
+            examples.append(Example(file, text, repeats, bucket(size, settings)))
     if broken:
-        raise ConfigError(f"pictures that cannot be read: {_list(broken, root)}; repair or remove them")
+        raise ConfigError(f"images that cannot be read: {_list(broken, root)}; repair or remove them")
     if not examples:
         raise ConfigError(
-            f"train_data_dir = {settings.train_data_dir!r}: no pictures. Expected folders named like 10_mycat "
+            f"train_data_dir = {settings.train_data_dir!r}: no images. Expected folders named like 10_mycat "
             f"(repeats, underscore, any name) with {', '.join(ENDINGS)} files in them"
-            + (f"; found only {', '.join(ignored[:_SHOWN])}" if ignored else "")
+            + (f"; found only {', '.join(ignored[:_MAX_LISTED])}" if ignored else "")
         )
     warnings = []
     if ignored:
-        warnings.append(f"folders without a number of repeats are passed over: {', '.join(ignored[:_SHOWN])}")
+        warnings.append(
+            f"folders without a number of repeats in their name are ignored: {', '.join(ignored[:_MAX_LISTED])}"
+        )
     if without_caption:
         warnings.append(
-            f"{len(without_caption)} pictures have no caption file (*{settings.caption_extension}) and get the name of "
-            f"their folder as caption: {_list(without_caption, root)}"
+            f"{len(without_caption)} images have no caption file (*{settings.caption_extension}) and fall back to the "
+            f"name of their folder: {_list(without_caption, root)}"
         )
     return DataSet(examples, warnings)
 
 
 def split(data: DataSet, fraction: float, seed: int) -> tuple[DataSet, list[Example]]:
-    """A data set without ``fraction`` of its pictures, at least one of them, and those pictures; ``seed`` decides.
+    """Split off validation images.
+
+    Args:
+        data: the images.
+        fraction: the fraction of images to split off, at least one image.
+        seed: decides which.
+
+    Returns:
+        The data set without them, and the validation images.
 
     Raises:
-        ConfigError: there would be no picture left to train on.
+        ConfigError: there would be no image left to train on.
     """
     count = max(1, round(fraction * len(data.examples)))
     if count >= len(data.examples):
         raise ConfigError(
-            f"validation_split = {fraction} takes {count} of {len(data.examples)} pictures, and leaves none to train on"
+            f"validation_split = {fraction} takes {count} of {len(data.examples)} images and leaves none to train on"
         )
     chosen = set(random.Random(f"validation:{seed}").sample(range(len(data.examples)), count))
     kept = [example for index, example in enumerate(data.examples) if index not in chosen]
     return replace(data, examples=kept), [data.examples[index] for index in sorted(chosen)]
 
 
-def bucket(picture: tuple[int, int], settings: Settings) -> tuple[int, int]:
-    """The (width, height) at which a picture of this (width, height) is trained.
+def bucket(image: tuple[int, int], settings: Settings) -> tuple[int, int]:
+    """The (width, height) at which an image of this (width, height) is trained.
 
-    Without buckets, the resolution. With them, the one whose aspect ratio is nearest, of those with an area of at most
-    the resolution's and sides that are multiples of ``bucket_reso_steps``; as in sd-scripts.
+    Without buckets, this is the resolution. With them, it is the bucket with the nearest aspect ratio; a bucket has at
+    most the area of the resolution and sides that are multiples of ``bucket_reso_steps``. As in sd-scripts.
     """
     if not settings.enable_bucket:
         return settings.size
-    ratio = picture[0] / picture[1]
+    ratio = image[0] / image[1]
     return min(_buckets(settings), key=lambda size: abs(size[0] / size[1] - ratio))
 
 
 def _buckets(settings: Settings) -> list[tuple[int, int]]:
     area, step = settings.size[0] * settings.size[1], settings.bucket_reso_steps
     sides = range(settings.min_bucket_reso, settings.max_bucket_reso + 1, step)
-    found = {(side, min(settings.max_bucket_reso, area // side // step * step)) for side in sides}
-    found = {size for size in found if size[1] >= settings.min_bucket_reso}
+    buckets = {(side, min(settings.max_bucket_reso, area // side // step * step)) for side in sides}
+    buckets = {size for size in buckets if size[1] >= settings.min_bucket_reso}
     square = int(area**0.5) // step * step
-    found |= {(height, width) for width, height in found} | {(square, square)}
-    return sorted(size for size in found if size[1] > 0)
+    buckets |= {(height, width) for width, height in buckets} | {(square, square)}
+    return sorted(size for size in buckets if size[1] > 0)
 
 
 def load_pixels(example: Example) -> Tensor:
-    """The picture, scaled to cover its size and cropped at the centre: shape (3, H, W), -1..1."""
+    """The image, scaled to cover its size and center-cropped: shape (3, H, W), -1..1."""
     width, height = example.size
-    with Image.open(example.file) as picture:
-        picture = picture.convert("RGB")
-        scale = max(width / picture.width, height / picture.height)
-        covering = max(width, round(picture.width * scale)), max(height, round(picture.height * scale))
-        if covering != picture.size:
-            picture = picture.resize(covering, Image.Resampling.LANCZOS)
-        left, top = (picture.width - width) // 2, (picture.height - height) // 2
-        pixels = np.asarray(picture.crop((left, top, left + width, top + height)))
+    with Image.open(example.file) as image:
+        image = image.convert("RGB")
+        scale = max(width / image.width, height / image.height)
+        covering = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+        if covering != image.size:
+            image = image.resize(covering, Image.Resampling.LANCZOS)
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        pixels = np.asarray(image.crop((left, top, left + width, top + height)))
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1
 
 
 class Batches:
-    """The batches of a training, by their number; each holds pictures of one size.
+    """The batches of a run, by number; all images of a batch have the same size.
 
     Args:
-        examples: the data set.
-        batch_size: most pictures per batch; the last one of a size in an epoch may have fewer.
-        seed: decides the order, together with the number of the epoch.
+        examples: the images.
+        batch_size: images per batch; the last batch of a size in an epoch may have fewer.
+        seed: determines the order, together with the number of the epoch.
     """
 
     def __init__(self, examples: list[Example], batch_size: int, seed: int) -> None:
@@ -173,7 +189,7 @@ class Batches:
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
 
     def __getitem__(self, number: int) -> list[int]:
-        """Indices of the pictures in batch ``number``, counted from the start of the training."""
+        """Indices of the images in batch ``number``, counted from the start of the run."""
         epoch, place = divmod(number, self.per_epoch)
         if self._epoch[0] != epoch:
             self._epoch = (epoch, self._shuffled(epoch))
@@ -190,11 +206,11 @@ class Batches:
 
 
 def _readable_size(file: Path) -> tuple[int, int] | None:
-    """(width, height), or None where the file is no whole picture."""
+    """(width, height), or None if the file is not a complete image."""
     try:
-        with Image.open(file) as picture:
-            picture.load()
-            return picture.size
+        with Image.open(file) as image:
+            image.load()
+            return image.size
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return None
 
@@ -210,5 +226,5 @@ def _caption(file: Path, ending: str) -> str | None:
 
 
 def _list(files: list[Path], root: Path) -> str:
-    names = [str(file.relative_to(root)) for file in files[:_SHOWN]]
-    return ", ".join(names) + (f" and {len(files) - _SHOWN} more" if len(files) > _SHOWN else "")
+    names = [str(file.relative_to(root)) for file in files[:_MAX_LISTED]]
+    return ", ".join(names) + (f" and {len(files) - _MAX_LISTED} more" if len(files) > _MAX_LISTED else "")

@@ -1,4 +1,4 @@
-"""The embedded default: a training on the shipped model and on pictures that are drawn on the spot."""
+"""The demo: a run on the toy model that ships with the package, and on synthetic images."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..embedded import model_folder
-from ..embedded.pictures import STYLES, Scene, draw, random_scene
-from ..guidance import is_current
-from ..picture_folders import pictures
+from ..guidance_token.extract import Clip, extract
+from ..guidance_token.features import is_current
+from ..guidance_token.image_folders import find_images
+from ..toy_model import model_folder
+from ..toy_model.scenes import STYLES, Scene, draw, random_scene
 from .comparison import Sampling
 from .dataset import Example
-from .extraction import Clip, extract
 
 TRAINED_STYLES = STYLES[1:]
-PICTURES, HELD_OUT, PROMPTS = 24, 12, 6
-# Streams of scenes; the base model has seen neither, and neither of the styles.
+IMAGES, HELD_OUT, PROMPTS = 24, 12, 6
+# Random streams of scenes; the toy model was trained on neither, nor on these styles.
 _TRAINING, _HELD_OUT = 11, 12
-# What stands in the TOML of the embedded default. dist_match is far above the loss's own default of 0.003, which would
-# not be seen in so short a training; the learning rate suits a model that is a 250th of SD1.5.
+# The TOML of the demo. dist_match is far above the loss's own default of 0.003, which has no visible effect in so short
+# a run; the learning rate suits a model of 1/250 of the size of SD1.5.
 SETTINGS: dict[str, Any] = {
     "resolution": "128",
     "caption_extension": ".txt",
@@ -38,12 +38,12 @@ SETTINGS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Demo:
-    """The embedded default, ready to train.
+    """The demo, ready to train.
 
     Attributes:
-        values: as read from a TOML.
-        held_out: pictures of the same style that are not trained on.
-        sampling: prompts for them.
+        values: the keys and values of its TOML.
+        held_out: images of the same style that are not trained on.
+        sampling: prompts for samples: the captions of validation images.
     """
 
     values: dict[str, Any]
@@ -51,26 +51,26 @@ class Demo:
     sampling: Sampling
 
     def extract_features(self) -> None:
-        """Write the features of all pictures, by the embedded image encoder, for a guidance token."""
+        """Write the features of all images, by the toy model's image encoder, for a guidance token."""
         clip = Clip(str(model_folder() / "image_encoder"), torch.device("cpu"))
         folders = Path(self.values["train_data_dir"]), self.held_out[0].file.parent.parent
-        drawn = [picture for folder in folders for picture in pictures(train_data_dir=str(folder))]
-        extract([picture for picture in drawn if not is_current(picture, clip.identity)], clip, batch_size=8)
+        images = [image for folder in folders for image in find_images(train_data_dir=str(folder))]
+        extract([image for image in images if not is_current(image, clip.identity)], clip, batch_size=8)
 
 
 def prepare(output: Path, style: str) -> Demo:
-    """Draw the pictures of a style below ``output``, in kohya's layout, with captions.
+    """Draw the images of a style below ``output``, in kohya's layout, with captions.
 
     Args:
-        output: where ``pictures/`` goes.
+        output: the folder in which ``images/`` is made.
         style: one of `TRAINED_STYLES`.
 
     Raises:
-        ConfigError: the embedded model is not there.
+        ConfigError: the toy model is missing.
     """
     model = model_folder()
-    folder = output / "pictures"
-    _write(folder / style / f"1_{style}", style, _TRAINING, PICTURES)
+    folder = output / "images"
+    _write(folder / style / f"1_{style}", style, _TRAINING, IMAGES)
     scenes = _write(folder / f"{style}_held_out" / f"1_{style}", style, _HELD_OUT, HELD_OUT)
     paths = sorted((folder / f"{style}_held_out" / f"1_{style}").glob("*.png"))
     held_out = [Example(path, scene.caption(style), 1, (128, 128)) for path, scene in zip(paths, scenes, strict=True)]

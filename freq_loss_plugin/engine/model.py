@@ -1,9 +1,8 @@
-"""The model of a training: SD1.x or SD2.x out of a checkpoint, with LoRA layers where sd-scripts has them."""
+"""The model: an SD1.x or SD2.x checkpoint, with LoRA layers where sd-scripts has them."""
 
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,14 +13,15 @@ import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from peft import LoraConfig, inject_adapter_in_model
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from ..guidance import replace_last_token
-from ..options import ConfigError
-from ..step import separate_random_stream
+from ..guidance_token.features import replace_last_token
+from ..lora.kohya_format import TEXT_ENCODER, UNET
+from ..options.fields import ConfigError
+from ..training.random_streams import separate_random_stream
 from .dataset import Example, load_pixels
-from .lora_file import TEXT_ENCODER, UNET
 from .settings import USE_SD_SCRIPTS, Settings
 
 # The layers that networks.lora of sd-scripts adapts: every linear layer and 1×1 convolution of the UNet's transformers,
@@ -37,13 +37,14 @@ _DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass
 class Model:
-    """A loaded model and the parts of it that a training uses.
+    """A loaded model with its LoRA layers.
 
     Attributes:
-        pipeline: diffusers' pipeline; its UNet and text encoder carry the LoRA layers.
-        scheduler: the noise schedule of the training, 1000 timesteps.
-        adapted: the models with LoRA layers, by kohya's prefix; the text encoder only where it is trained.
-        device: where it computes.
+        pipeline: diffusers' pipeline; its UNet and text encoder have the LoRA layers.
+        scheduler: the noise schedule, 1000 timesteps.
+        adapted: the models with LoRA layers, by kohya's prefix; the text encoder only if it is trained.
+        device: the device of all parts.
+        settings: the training settings.
     """
 
     pipeline: StableDiffusionPipeline
@@ -53,13 +54,24 @@ class Model:
     settings: Settings
 
     def __post_init__(self) -> None:
-        self._known_states: dict[str, Tensor] = {}
+        self._cached_states: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def encode(self, examples: list[Example], seed: int, tick: Callable[[], Any] = lambda: None) -> list[Tensor]:
-        """The scaled latents of pictures, each of shape (4, h, w), on the CPU; ``tick`` is called after each.
+        """Encode images into scaled latents.
 
-        They are samples of the posterior, as sd-scripts caches them; each picture's noise depends on its place only.
+        They are samples of the posterior, as sd-scripts caches them; the noise of image i depends on seed + i only.
+
+        Args:
+            examples: the images.
+            seed: seed of the noise.
+            tick: called after each image.
+
+        Returns:
+            For each image a latent of shape (4, h, w), float32, on the CPU.
+
+        Raises:
+            ConfigError: a latent is not finite.
         """
         vae = self.pipeline.vae
         latents = []
@@ -69,7 +81,7 @@ class Model:
             sample = posterior.mean + posterior.std * noise.to(posterior.mean)
             latents.append((sample[0] * vae.config.scaling_factor).float().cpu())
             if not latents[-1].isfinite().all():
-                raise ConfigError(f"{example.file}: its latent is not finite; the VAE or the picture is broken")
+                raise ConfigError(f"{example.file}: its latent is not finite; the VAE or the image is damaged")
             tick()
         return latents
 
@@ -81,9 +93,17 @@ class Model:
         captions: list[str],
         features: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """One pass of the UNet over noised latents: (prediction, target), both of the latents' shape, float32.
+        """Run the UNet on noised latents.
 
-        ``features``, shape (B, width), are those of the guidance token, where it is on.
+        Args:
+            latents: clean latents, shape (B, 4, h, w).
+            timesteps: shape (B,).
+            noise: shape (B, 4, h, w).
+            captions: B captions.
+            features: for the guidance token, shape (B, width); None without one.
+
+        Returns:
+            The prediction, float32, and its target, both of the latents' shape.
         """
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         prediction = self.pipeline.unet(noisy, timesteps, self.text_states(captions, features)).sample
@@ -93,25 +113,27 @@ class Model:
 
     @property
     def text_width(self) -> int:
-        """Width of what the text encoder hands to the UNet."""
+        """Width of the text encoder's hidden states."""
         return int(self.pipeline.text_encoder.config.hidden_size)
 
     def text_states(self, captions: list[str], features: Tensor | None = None) -> Tensor:
-        """What the UNet is told: the text encoder's states of captions, shape (B, 77, width).
+        """The text encoder's hidden states for captions, shape (B, 77, width).
 
-        With ``features`` (B or 1, width) in the last token; see `freq_loss_plugin.guidance`.
+        Args:
+            captions: B captions.
+            features: replace the last token, shape (B or 1, width); see `freq_loss_plugin.guidance_token.features`.
         """
         states = self._text_states(captions)
         return states if features is None else replace_last_token(states, features)
 
     def _text_states(self, captions: list[str]) -> Tensor:
-        """Remembered where the text encoder is not trained."""
+        """Cached if the text encoder is not trained."""
         if TEXT_ENCODER in self.adapted:
             return self._encode_text(captions)
-        for caption in set(captions) - self._known_states.keys():
+        for caption in set(captions) - self._cached_states.keys():
             with torch.no_grad():
-                self._known_states[caption] = self._encode_text([caption])[0]
-        return torch.stack([self._known_states[caption] for caption in captions])
+                self._cached_states[caption] = self._encode_text([caption])[0]
+        return torch.stack([self._cached_states[caption] for caption in captions])
 
     def _encode_text(self, captions: list[str]) -> Tensor:
         tokenizer, encoder = self.pipeline.tokenizer, self.pipeline.text_encoder
@@ -131,17 +153,17 @@ class Model:
 def load(settings: Settings, device: torch.device) -> Model:
     """Load the checkpoint, freeze it, and add LoRA layers that change nothing yet.
 
-    The layers begin as sd-scripts' do: ``lora_down`` from Kaiming's uniform distribution with a = sqrt(5),
-    ``lora_up`` at 0.
+    The layers are initialized as in sd-scripts: ``lora_down`` from Kaiming's uniform distribution with a = sqrt(5),
+    ``lora_up`` with zeros.
 
     Raises:
-        ConfigError: there is no such checkpoint, or it is none that the engine trains.
+        ConfigError: there is no such checkpoint, or it is not one that the engine can train.
     """
     pipeline = _load_pipeline(settings.pretrained_model_name_or_path)
     _check(pipeline, settings)
     for model in (pipeline.vae, pipeline.unet, pipeline.text_encoder):
         model.requires_grad_(False).to(device)
-    # The VAE stays in float32: SD1.5's overflows in fp16 for some pictures.
+    # The VAE stays in float32: SD1.5's overflows in fp16 for some images.
     for model in (pipeline.unet, pipeline.text_encoder):
         model.to(dtype=_DTYPES[settings.mixed_precision])
     adapted = {UNET: pipeline.unet}
@@ -171,7 +193,7 @@ def load(settings: Settings, device: torch.device) -> Model:
 
 
 def image_encoder_of(model: str) -> Path | None:
-    """The CLIP that comes with a model in diffusers layout, such as the embedded one; None where there is none."""
+    """The CLIP that comes with a model in diffusers layout, such as the toy model; None if there is none."""
     folder = Path(model) / "image_encoder"
     return folder if (folder / "config.json").is_file() else None
 
@@ -179,7 +201,7 @@ def image_encoder_of(model: str) -> Path | None:
 def _load_pipeline(name: str) -> StableDiffusionPipeline:
     path = Path(name)
     diffusers_logging.disable_progress_bar()
-    with suppress(AttributeError):  # transformers 5 has bars of its own
+    with suppress(AttributeError):  # transformers 5 has its own progress bars
         transformers_logging.disable_progress_bar()
     options = {"safety_checker": None, "requires_safety_checker": False}
     if path.is_file():
@@ -189,12 +211,12 @@ def _load_pipeline(name: str) -> StableDiffusionPipeline:
         _check_folder(path)
         load = StableDiffusionPipeline.from_pretrained
     try:
-        # In float32 whatever the file holds; how to ask for that while loading differs between versions.
+        # float32 whatever the file holds; the argument for that differs between versions.
         return load(name, **options).to(dtype=torch.float32)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[0]
         hint = (
-            "a single file needs its configuration and tokenizer from the Hugging Face Hub, once; go online, or use a "
+            "a single file needs its configuration and tokenizer from the Hugging Face Hub once; go online, or use a "
             "folder in diffusers layout"
             if path.is_file()
             else "expected a diffusers folder, a .safetensors file, or the name of a repository on the Hugging Face Hub"
@@ -206,7 +228,7 @@ def _check_folder(path: Path) -> None:
     index = path / "model_index.json"
     if path.is_dir() and not index.is_file():
         raise ConfigError(
-            f"pretrained_model_name_or_path = '{path}': a folder without model_index.json is no diffusers model"
+            f"pretrained_model_name_or_path = '{path}': a folder without model_index.json is not a diffusers model"
         )
     if index.is_file() and (kind := json.loads(index.read_text(encoding="utf-8")).get("_class_name")) != (
         expected := StableDiffusionPipeline.__name__
@@ -218,21 +240,21 @@ def _check_folder(path: Path) -> None:
 
 
 def _check_single_file(path: Path) -> None:
-    """Look at the names of the tensors in the header, which needs no weights."""
+    """Check the names of the tensors in the header, without loading the weights."""
     if path.suffix != ".safetensors":
         raise ConfigError(
             f"pretrained_model_name_or_path = '{path}': expected .safetensors; {path.suffix or 'such a'} file may run "
             "code when it is opened. Convert it, for instance with sd-scripts' tools/convert_diffusers20_original_sd.py"
         )
     try:
-        with open(path, "rb") as file:
-            names = json.loads(file.read(struct.unpack("<Q", file.read(8))[0])).keys()
-    except (OSError, ValueError, struct.error, MemoryError, OverflowError):
-        raise ConfigError(f"pretrained_model_name_or_path = '{path}' is no whole safetensors file") from None
+        with safe_open(str(path), framework="pt") as file:
+            names = set(file.keys())
+    except (OSError, SafetensorError):
+        raise ConfigError(f"pretrained_model_name_or_path = '{path}' is not a complete safetensors file") from None
     if "model.diffusion_model.input_blocks.0.0.weight" not in names or any("conditioner." in name for name in names):
         raise ConfigError(
-            f"pretrained_model_name_or_path = '{path}' holds no SD1.x or SD2.x checkpoint (looked for "
-            f"model.diffusion_model.input_blocks.0.0.weight, and for no SDXL conditioner). {USE_SD_SCRIPTS}"
+            f"pretrained_model_name_or_path = '{path}' is not an SD1.x or SD2.x checkpoint (expected "
+            f"model.diffusion_model.input_blocks.0.0.weight, and no SDXL conditioner). {USE_SD_SCRIPTS}"
         )
 
 
@@ -240,8 +262,8 @@ def _check(pipeline: StableDiffusionPipeline, settings: Settings) -> None:
     name = settings.pretrained_model_name_or_path
     if pipeline.unet.config.in_channels != 4:
         raise ConfigError(
-            f"pretrained_model_name_or_path = {name!r} takes {pipeline.unet.config.in_channels} channels (an "
-            f"inpainting model?): expected 4. {USE_SD_SCRIPTS}"
+            f"pretrained_model_name_or_path = {name!r} takes {pipeline.unet.config.in_channels} input channels "
+            f"(an inpainting model?): expected 4. {USE_SD_SCRIPTS}"
         )
     width = pipeline.unet.config.cross_attention_dim
     family = _WIDTHS.get(width)
@@ -250,10 +272,10 @@ def _check(pipeline: StableDiffusionPipeline, settings: Settings) -> None:
             f"v2 = {str(settings.v2).lower()}, and {name!r} is an {family} (text width {width}); "
             f"set v2 = {str(not settings.v2).lower()}"
         )
-    stated = pipeline.scheduler.config.get("prediction_type", settings.prediction_type)
-    if stated != settings.prediction_type:
-        wanted = str(stated == "v_prediction").lower()
+    declared = pipeline.scheduler.config.get("prediction_type", settings.prediction_type)
+    if declared != settings.prediction_type:
+        expected = str(declared == "v_prediction").lower()
         raise ConfigError(
-            f"v_parameterization = {str(settings.v_parameterization).lower()}, and the scheduler of {name!r} says "
-            f"prediction_type = {stated!r}; set v_parameterization = {wanted}"
+            f"v_parameterization = {str(settings.v_parameterization).lower()}, and the scheduler of {name!r} has "
+            f"prediction_type = {declared!r}; set v_parameterization = {expected}"
         )

@@ -1,4 +1,4 @@
-"""The two pictures that a comparison leaves behind."""
+"""The two images that a comparison writes."""
 
 from __future__ import annotations
 
@@ -9,19 +9,25 @@ from typing import Any
 
 from torch import Tensor
 
-from ..drawing import COLOURS, new_figure
-from ..spectra import radial_power_spectrum
-from .lora_file import write_whole
-from .training import Outcome
+from ..analysis.figures import COLORS, new_figure
+from ..analysis.spectra import radial_power_spectrum
+from ..atomic_files import write_whole
+from .trainer import Outcome
 
 
 def comparison(file: Path, rows: Mapping[str, Tensor], prompts: list[str]) -> Path:
-    """A grid: one row for each entry of ``rows`` (pictures of shape (n, 3, H, W), 0..1), one column for each prompt."""
+    """Write a grid of images, one row per entry of ``rows`` and one column per prompt.
+
+    Args:
+        file: the PNG.
+        rows: images of shape (n, 3, H, W), 0..1, by name.
+        prompts: titles of the columns.
+    """
     figure, axes = _figure(len(rows), len(prompts), 1.55, 1.7)
-    for row, (name, pictures) in zip(axes, rows.items(), strict=True):
+    for row, (name, images) in zip(axes, rows.items(), strict=True):
         row[0].set_ylabel(name.replace(" with", "\nwith").replace("the frequency", "the\nfrequency"), fontsize=9)
-        for axis, picture in zip(row, pictures, strict=False):
-            axis.imshow(picture.permute(1, 2, 0).numpy())
+        for axis, image in zip(row, images, strict=False):
+            axis.imshow(image.permute(1, 2, 0).numpy())
         for axis in row:
             axis.set_xticks([])
             axis.set_yticks([])
@@ -31,28 +37,34 @@ def comparison(file: Path, rows: Mapping[str, Tensor], prompts: list[str]) -> Pa
 
 
 def curves(file: Path, outcomes: Mapping[str, Outcome], rows: Mapping[str, Tensor]) -> Path:
-    """Band losses over the training (left) and radial spectra of the pictures in ``rows`` (right)."""
+    """Write the band losses over the run (left) and the radial spectra of the images in ``rows`` (right).
+
+    Args:
+        file: the PNG.
+        outcomes: runs by name.
+        rows: images of shape (n, 3, H, W), 0..1, by name.
+    """
     figure, axes = _figure(1, 3, 4.2, 3.4)
-    # One colour an arm, in every plot: pictures, before, plain MSE, with the loss.
-    colours = dict(zip(rows, COLOURS, strict=False))
+    # The same colors in every plot: training images, before, plain MSE, with the loss.
+    colors = dict(zip(rows, COLORS, strict=False))
     for axis, band in zip(axes[0], ("low", "high"), strict=False):
         for name, outcome in outcomes.items():
             if outcome.evaluations:
                 steps = [evaluation.step for evaluation in outcome.evaluations]
                 values = [getattr(evaluation, band) for evaluation in outcome.evaluations]
-                axis.plot(steps, values, label=name, color=colours[name])
+                axis.plot(steps, values, label=name, color=colors[name])
             elif outcome.history and any(getattr(numbers, band) for numbers in outcome.history):
                 axis.plot(
-                    _smooth([getattr(numbers, band) for numbers in outcome.history]), color=colours[name], label=name
+                    _smooth([getattr(numbers, band) for numbers in outcome.history]), color=colors[name], label=name
                 )
-        where = "held-out pictures" if any(outcome.evaluations for outcome in outcomes.values()) else "training batches"
+        where = "validation images" if any(outcome.evaluations for outcome in outcomes.values()) else "training batches"
         axis.set_title(f"L_{band} on {where}", fontsize=10)
         axis.set_xlabel("step")
         axis.set_ylim(bottom=0)
         axis.legend(fontsize=8)
-    for name, pictures in rows.items():
-        spectrum = radial_power_spectrum(pictures)
-        axes[0][2].loglog(spectrum.frequency, spectrum.power, label=name, color=colours[name])
+    for name, images in rows.items():
+        spectrum = radial_power_spectrum(images)
+        axes[0][2].loglog(spectrum.frequency, spectrum.power, label=name, color=colors[name])
     axes[0][2].set_title("radial power spectrum", fontsize=10)
     axes[0][2].set_xlabel("cycles per pixel")
     axes[0][2].legend(fontsize=8)
@@ -60,7 +72,7 @@ def curves(file: Path, outcomes: Mapping[str, Outcome], rows: Mapping[str, Tenso
 
 
 def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
-    """A figure of rows × columns plots, each of width × height inches."""
+    """A figure of rows × columns plots of width × height inches."""
     pixels = 120 * (width * columns + 0.6), 120 * (height * rows + 0.2)
     figure = new_figure(*map(round, pixels), dpi=120, layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)

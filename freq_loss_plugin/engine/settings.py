@@ -1,6 +1,6 @@
 """The keys of a kohya TOML that the engine knows, checked before anything is loaded.
 
-A key means here what it means to sd-scripts. The defaults are sd-scripts', except where a line says so.
+Every key means what it means in sd-scripts. The defaults are those of sd-scripts, unless a comment says otherwise.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ from typing import Any
 
 import toml
 
-from ..config import FreqLossConfig, check_section, parse_strings
-from ..latents import NUM_TRAIN_TIMESTEPS, PredictionType
-from ..options import ConfigError, check_options, flatten, key_of, nearest, option, parse, wrong_value
+from ..loss.latents import NUM_TRAIN_TIMESTEPS, PredictionType
+from ..options.config import FreqLossConfig, check_section, parse_strings
+from ..options.fields import ConfigError, check_options, key_of, nearest, option, wrong_value
+from ..options.parsing import flatten, parse_pairs
 
 NETWORK_MODULES = ("kohya_patch", "networks.lora")
 # What diffusers.optimization.get_scheduler and sd-scripts both know.
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 USE_SD_SCRIPTS = (
-    "This is the small engine of freq_loss_plugin; for everything else train the same TOML with sd-scripts "
+    "The engine of freq_loss_plugin supports a subset of sd-scripts; for the rest train the same TOML with sd-scripts "
     "(https://github.com/kohya-ss/sd-scripts): accelerate launch train_network.py --config_file YOUR.toml"
 )
 
@@ -38,49 +39,50 @@ class Settings:
     v2: bool = option(False, "the model is an SD2.x")
     v_parameterization: bool = option(False, "the model predicts v")
     zero_terminal_snr: bool = option(False, "rescale the noise schedule to zero terminal SNR")
-    clip_skip: int | None = option(None, "use the output of the layer so many from the end of the text encoder")
+    clip_skip: int | None = option(None, "use the output of this layer of the text encoder, counted from the end")
 
-    train_data_dir: str = option("", "the folder that holds folders like 10_mycat: repeats, underscore, any name")
-    caption_extension: str = option(".caption", "ending of the caption files")
-    resolution: str = option("512", "side of the pictures in pixels, or width,height")  # sd-scripts has no default
-    enable_bucket: bool = option(False, "train pictures at the shape nearest to their own")
-    min_bucket_reso: int = option(256, "smallest side of a bucket")
-    max_bucket_reso: int = option(1024, "largest side of a bucket")
+    train_data_dir: str = option("", "a folder of folders like 10_mycat: repeats, underscore, any name")
+    caption_extension: str = option(".caption", "file name extension of the captions")
+    resolution: str = option("512", "side of the images in pixels, or width,height")  # sd-scripts has no default
+    enable_bucket: bool = option(False, "train each image at the aspect ratio nearest to its own")
+    min_bucket_reso: int = option(256, "smallest side of a bucket in pixels")
+    max_bucket_reso: int = option(1024, "largest side of a bucket in pixels")
     bucket_reso_steps: int = option(64, "sides of buckets are multiples of this")
-    train_batch_size: int = option(4, "pictures per batch")  # sd-scripts: 1
-    cache_latents: bool = option(True, "latents are always made once, before training", choices=(True,))
+    train_batch_size: int = option(4, "images per batch")  # sd-scripts: 1
+    cache_latents: bool = option(True, "latents are always cached before training", choices=(True,))
 
-    network_module: str = option("kohya_patch", "the module that sd-scripts would train", choices=NETWORK_MODULES)
+    network_module: str = option("kohya_patch", "the network module that sd-scripts would use", choices=NETWORK_MODULES)
     network_dim: int = option(4, "rank of the LoRA")
     network_alpha: float = option(1.0, "the LoRA is scaled by network_alpha / network_dim")
-    network_train_unet_only: bool = option(False, "leave the text encoder alone")
+    network_train_unet_only: bool = option(False, "do not train the text encoder")
     learning_rate: float = option(1e-4, "learning rate")  # sd-scripts: 2e-6
-    unet_lr: float | None = option(None, "learning rate of the UNet's LoRA; learning_rate where left out")
-    text_encoder_lr: float | None = option(None, "the same for the text encoder's")
-    lr_scheduler: str = option("constant", "course of the learning rate", choices=LR_SCHEDULERS)
-    lr_warmup_steps: int = option(0, "steps in which the learning rate rises")
+    unet_lr: float | None = option(None, "learning rate of the UNet's LoRA; default: learning_rate")
+    text_encoder_lr: float | None = option(None, "learning rate of the text encoder's LoRA; default: learning_rate")
+    lr_scheduler: str = option("constant", "learning rate schedule", choices=LR_SCHEDULERS)
+    lr_warmup_steps: int = option(0, "warmup steps of the learning rate")
     lr_scheduler_num_cycles: int = option(1, "restarts of cosine_with_restarts")
     optimizer_type: str = option("AdamW", "the optimizer", choices=("AdamW",))
-    max_grad_norm: float = option(1.0, "the gradient is scaled down to this norm; 0 for no limit")
+    max_grad_norm: float = option(1.0, "clip the gradient to this norm; 0 for no limit")
     max_train_steps: int = option(1600, "optimizer steps")
     gradient_accumulation_steps: int = option(1, "batches per optimizer step")
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, more time")
     mixed_precision: str = option("no", "precision of the frozen weights", choices=("no", "fp16", "bf16"))
     sdpa: bool = option(True, "attention is always torch's scaled_dot_product_attention", choices=(True,))
-    seed: int = option(42, "seed of everything random")  # sd-scripts draws one
+    seed: int = option(42, "random seed")  # sd-scripts draws one
     min_snr_gamma: float | None = option(None, "min-SNR weights of the base loss; 5 is usual")
-    min_timestep: int | None = option(None, "first timestep of the base loss")
-    max_timestep: int | None = option(None, "end of its timesteps, exclusive")
+    min_timestep: int | None = option(None, "smallest timestep of the base loss")
+    max_timestep: int | None = option(None, "largest timestep of the base loss, exclusive")
 
-    validation_split: float = option(0.0, "this part of the pictures is not trained on, but looked at now and then")
-    validate_every_n_steps: int | None = option(None, "how often; ten times in a training where left out")
+    validation_split: float = option(0.0, "fraction of the images that is held out for validation")
+    validate_every_n_steps: int | None = option(None, "steps between validations; default: a tenth of the run")
 
-    output_dir: str = option("output", "where everything is written")
+    output_dir: str = option("output", "folder for everything that is written")
     output_name: str = option("last", "name of the LoRA file")
     save_model_as: str = option("safetensors", "format of the LoRA file", choices=("safetensors",))
     save_precision: str | None = option(None, "precision of the LoRA file", choices=("float", "fp16", "bf16"))
-    save_every_n_steps: int | None = option(None, "write LoRA and state every so many steps, too")
-    logging_dir: str | None = option(None, "write TensorBoard logs there")
+    save_every_n_steps: int | None = option(None, "also write LoRA and state every so many steps")
+    logging_dir: str | None = option(None, "folder for TensorBoard logs")
+    log_with: str | None = option(None, "the tracker; default: tensorboard", choices=("tensorboard", "wandb"))
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -107,37 +109,38 @@ class Settings:
 
     @property
     def learning_rates(self) -> tuple[float, float]:
-        """Those of the UNet and of the text encoder; 0 where it is not trained."""
-        text = 0.0 if self.network_train_unet_only else _first(self.text_encoder_lr, self.learning_rate)
-        return _first(self.unet_lr, self.learning_rate), text
+        """Learning rates of the UNet and of the text encoder; 0 if it is not trained."""
+        text = 0.0 if self.network_train_unet_only else _or(self.text_encoder_lr, self.learning_rate)
+        return _or(self.unet_lr, self.learning_rate), text
 
     @property
     def lora_file(self) -> Path:
-        """Where the trained LoRA is written."""
+        """Path of the trained LoRA."""
         return Path(self.output_dir) / f"{self.output_name}.safetensors"
 
     @property
     def state_file(self) -> Path:
-        """Where the state for resuming is written."""
+        """Path of the state for resuming."""
         return Path(self.output_dir) / f"{self.output_name}.state"
 
     def _check_ranges(self) -> None:
-        whole = ("network_dim", "train_batch_size", "max_train_steps", "gradient_accumulation_steps", "min_bucket_reso")
-        for name in (*whole, "max_bucket_reso", "bucket_reso_steps", "lr_scheduler_num_cycles"):
+        counts = ("network_dim", "train_batch_size", "max_train_steps", "gradient_accumulation_steps")
+        sides = ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps")
+        for name in (*counts, *sides, "lr_scheduler_num_cycles"):
             if getattr(self, name) < 1:
                 raise wrong_value(self, name, "a whole number >= 1")
         for name in ("save_every_n_steps", "validate_every_n_steps", "clip_skip"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise wrong_value(self, name, "a whole number >= 1; leave it out for none")
         for name in ("learning_rate", "unet_lr", "text_encoder_lr", "max_grad_norm", "lr_warmup_steps"):
-            if not 0 <= _first(getattr(self, name), 0) < math.inf:
+            if not 0 <= _or(getattr(self, name), 0) < math.inf:
                 raise wrong_value(self, name, "a finite number >= 0")
         for name in ("network_alpha", "min_snr_gamma"):
-            if not 0 < _first(getattr(self, name), 1) < math.inf:
+            if not 0 < _or(getattr(self, name), 1) < math.inf:
                 raise wrong_value(self, name, "a finite number > 0")
         if not 0 <= self.validation_split < 1:
             raise wrong_value(self, "validation_split", "a number from 0 to below 1")
-        first, end = _first(self.min_timestep, 0), _first(self.max_timestep, NUM_TRAIN_TIMESTEPS)
+        first, end = _or(self.min_timestep, 0), _or(self.max_timestep, NUM_TRAIN_TIMESTEPS)
         if not 0 <= first < end <= NUM_TRAIN_TIMESTEPS:
             raise ConfigError(
                 f"min_timestep = {first} and max_timestep = {end}: expected 0 <= min_timestep < max_timestep <= "
@@ -146,34 +149,34 @@ class Settings:
         if self.bucket_reso_steps % 8:
             raise wrong_value(self, "bucket_reso_steps", "a multiple of 8, the factor of the VAE")
         if not any(self.learning_rates):
-            raise ConfigError("every learning rate is 0: nothing would be trained; set learning_rate")
-        _ = self.size
+            raise ConfigError("every learning rate is 0, so nothing would be trained; set learning_rate")
+        _ = self.size  # raises where resolution is no size
 
     def _check_paths(self) -> None:
         for name, example in (("pretrained_model_name_or_path", "sd15.safetensors"), ("train_data_dir", "photos")):
             if not getattr(self, name):
                 raise ConfigError(f'{name} is missing: write {name} = "{example}" into the TOML')
         if not Path(self.train_data_dir).is_dir():
-            raise wrong_value(self, "train_data_dir", "a folder, and there is none of that name")
+            raise wrong_value(self, "train_data_dir", "an existing folder")
 
 
 def read(values: Mapping[str, Any]) -> tuple[Settings, FreqLossConfig]:
-    """Settings and loss options out of a TOML's content.
+    """Read settings and loss options from the content of a TOML.
 
     Args:
-        values: keys to values, flat or in sections, which are flattened one level as sd-scripts does.
+        values: keys and values, flat or in sections, which are flattened by one level as in sd-scripts.
 
     Raises:
-        ConfigError: a key that neither the engine nor the loss has, or an invalid value.
+        ConfigError: a key that neither the engine nor the loss knows, or an invalid value.
     """
     check_section(values.get("freq_loss", {}))
     flat = flatten(values)
     given = parse_strings(_network_args(flat.pop("network_args", None)))
     loss = FreqLossConfig.from_mapping({**values, **given})
-    known = {key_of(each): each.name for each in fields(Settings)}
+    known = {key_of(field): field.name for field in fields(Settings)}
     for key in flat:
         if key not in known and key not in FreqLossConfig.fields_by_key():
-            raise _unknown(key, list(known))
+            raise unknown_key(key)
     if isinstance(flat.get("resolution"), int):
         flat["resolution"] = str(flat["resolution"])
     if flat.get("min_snr_gamma") == 0:
@@ -183,10 +186,14 @@ def read(values: Mapping[str, Any]) -> tuple[Settings, FreqLossConfig]:
 
 
 def read_file(path: Path, overrides: Mapping[str, Any]) -> tuple[Settings, FreqLossConfig]:
-    """The same for a TOML file; ``overrides``, from the command line, win.
+    """Read settings and loss options from a TOML file.
+
+    Args:
+        path: the file.
+        overrides: keys and values that take precedence, from the command line.
 
     Raises:
-        ConfigError: there is no such file, it is no TOML, or see `read`.
+        ConfigError: the file is missing or not a TOML, or as for `read`.
     """
     if not path.is_file():
         raise ConfigError(f"--config {path}: there is no such file")
@@ -198,7 +205,12 @@ def read_file(path: Path, overrides: Mapping[str, Any]) -> tuple[Settings, FreqL
 
 
 def override(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """``values`` with some keys replaced, whatever section they stand in."""
+    """Replace keys of a TOML's content, whatever section they are in.
+
+    Args:
+        values: keys and values, flat or in sections.
+        overrides: keys and values that take precedence.
+    """
     replaced = {
         name: {key: value for key, value in table.items() if key not in overrides}
         if isinstance(table, Mapping)
@@ -208,41 +220,35 @@ def override(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[st
     return {**replaced, **overrides}
 
 
-def parse_argument(key: str, value: str) -> Any:
-    """The value of ``--key value`` on the command line.
-
-    Raises:
-        ConfigError: no such key, or no value of its type.
-    """
-    ours = {key_of(each): each for each in fields(Settings)}
-    theirs = {key_of(each): each for each in fields(FreqLossConfig)}
-    found = ours.get(key) or theirs.get(key)
-    if found is None:
-        raise _unknown(key, [*ours, *theirs])
-    return parse(found, value)
+def unknown_key(key: str) -> ConfigError:
+    """The error for a key that neither the engine nor the loss knows; suggests a similar one."""
+    known = [*map(key_of, fields(Settings)), *FreqLossConfig.fields_by_key()]
+    similar = nearest(key, known, cutoff=0.8)
+    suggestion = f" Did you mean {similar}?" if similar else ""
+    return ConfigError(f"{key}: not supported.{suggestion} Supported keys: {', '.join(known)}. {USE_SD_SCRIPTS}")
 
 
 def as_toml(settings: Settings, loss: FreqLossConfig) -> str:
-    """The TOML that describes a training, without what is at its default; sd-scripts reads it, too."""
-    # Spelt out where sd-scripts has another default, or none.
+    """A TOML with all settings and options that are not at their defaults; sd-scripts reads it, too."""
+    # Always written, since sd-scripts has another default, or none.
     always = ("resolution", "train_batch_size", "learning_rate", "seed", "cache_latents", "sdpa", "network_module")
     training = {
-        key_of(each): getattr(settings, each.name)
-        for each in fields(Settings)
-        if each.name in always or getattr(settings, each.name) != each.default
+        key_of(field): getattr(settings, field.name)
+        for field in fields(Settings)
+        if field.name in always or getattr(settings, field.name) != field.default
     }
     keys = {name: key for key, name in FreqLossConfig.fields_by_key().items()}
     options = {
-        keys[each.name]: getattr(loss, each.name)
-        for each in fields(FreqLossConfig)
-        if each.name == "dist_match" or getattr(loss, each.name) != each.default
+        keys[field.name]: getattr(loss, field.name)
+        for field in fields(FreqLossConfig)
+        if field.name == "dist_match" or getattr(loss, field.name) != field.default
     }
-    options.pop("min_snr_gamma", None)  # stands among the training's own
+    options.pop("min_snr_gamma", None)  # it is among the training settings
     return toml.dumps({"training": training, "freq_loss": options})
 
 
 def _check_network_module(settings: Settings, loss: FreqLossConfig, given: set[str]) -> FreqLossConfig:
-    """``networks.lora`` is plain training in sd-scripts, so it is here; returns the options that then hold."""
+    """``networks.lora`` trains without the loss, as in sd-scripts; returns the options that are in force."""
     if loss.network_module not in (None, "networks.lora"):
         raise ConfigError(f"freq_loss_network_module = {loss.network_module!r}: not supported. {USE_SD_SCRIPTS}")
     if settings.network_module != "networks.lora":
@@ -257,20 +263,14 @@ def _check_network_module(settings: Settings, loss: FreqLossConfig, given: set[s
 
 
 def _network_args(items: Any) -> dict[str, str]:
-    pairs = {}
-    for item in items or []:
-        key, _, value = str(item).partition("=")
+    pairs = parse_pairs(map(str, items or []))
+    for key in pairs:
         if key not in FreqLossConfig.fields_by_key():
-            raise ConfigError(f"network_args: {item!r} is no option of the frequency loss. {USE_SD_SCRIPTS}")
-        pairs[key] = value
+            raise ConfigError(
+                f"network_args: {f'{key}={pairs[key]}'!r} is not an option of the frequency loss. {USE_SD_SCRIPTS}"
+            )
     return pairs
 
 
-def _unknown(key: str, known: list[str]) -> ConfigError:
-    meant = nearest(key, known, cutoff=0.8)
-    suggestion = f" Did you mean {meant}?" if meant else ""
-    return ConfigError(f"{key}: not supported.{suggestion} Supported keys: {', '.join(known)}. {USE_SD_SCRIPTS}")
-
-
-def _first(value: Any, otherwise: Any) -> Any:
-    return otherwise if value is None else value
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value

@@ -1,4 +1,4 @@
-"""ComfyUI's page in a real browser: load a workflow, run it, and see what is on the screen."""
+"""ComfyUI's page in a real browser: load a workflow, run it, and read what is on the screen."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from server import Server
 
-# A quiet page: no tutorial, no badges, nothing that changes from day to day.
+# No tutorial, no badges, nothing that changes from day to day.
 _SETTINGS = {
     "Comfy.TutorialCompleted": True,
     "Comfy.Workflow.ShowMissingModelsWarning": False,
@@ -52,7 +52,7 @@ class Page:
         self._wait()
 
     def texts(self, kind: str) -> list[str]:
-        """What can be read in the text fields of the nodes of this type."""
+        """The visible text fields of the nodes of this type."""
         return self.page.evaluate(
             """(kind) => app.graph._nodes.filter(n => n.type === kind).flatMap(n => n.widgets ?? [])
                .map(w => w.element).filter(e => e?.tagName === 'TEXTAREA' && e.checkVisibility()).map(e => e.value)""",
@@ -69,21 +69,22 @@ class Page:
         """Give widgets of these names these values, in nodes of this title or everywhere."""
         self.page.evaluate(
             """([values, title]) => { for (const node of app.graph._nodes) if (!title || node.title === title)
-               for (const each of node.widgets ?? []) if (each.name in values) each.value = values[each.name] }""",
+               for (const widget of node.widgets ?? [])
+                   if (widget.name in values) widget.value = values[widget.name] }""",
             [values, title],
         )
 
-    def run(self, patience: float = 240) -> None:
+    def run(self, timeout: float = 240) -> None:
         """Queue what is open and wait until nothing is queued any more."""
         before = len(self.server.get("/history"))
         self.page.evaluate("() => app.queuePrompt(0)")
-        for _ in range(int(patience * 2)):
+        for _ in range(int(timeout * 2)):
             self.page.wait_for_timeout(500)
             queue = self.server.get("/queue")
             if len(self.server.get("/history")) > before and not queue["queue_running"] + queue["queue_pending"]:
                 break
         else:
-            raise TimeoutError(f"the workflow did not finish in {patience} s")
+            raise TimeoutError(f"the workflow did not finish in {timeout} s")
         self.page.wait_for_timeout(1500)
 
     def _wait(self) -> None:
@@ -91,7 +92,7 @@ class Page:
         self.page.wait_for_timeout(1500)
 
     def fit(self, file: Path, width: int = 1600, margin: int = 30) -> None:
-        """A picture of the whole workflow, ``width`` pixels wide, without the program's own frame."""
+        """An image of the whole workflow, ``width`` pixels wide, without the program's own frame."""
         left, top, wide, high = self.page.evaluate(
             """() => { const all = app.graph._nodes.map(n => n.getBounding());
                const x = Math.min(...all.map(b => b[0])), y = Math.min(...all.map(b => b[1]));
@@ -100,18 +101,18 @@ class Page:
         )
         scale = (width - 2 * margin) / wide
         height = round(high * scale) + 2 * margin
-        # The frame's bars lie over the canvas; with room around it the workflow is clear of them.
-        room = 160
-        self.page.set_viewport_size({"width": width + 2 * room, "height": height + 2 * room})
+        # The program's bars cover the edges of the canvas; this padding keeps the workflow clear of them.
+        padding = 160
+        self.page.set_viewport_size({"width": width + 2 * padding, "height": height + 2 * padding})
         self.page.wait_for_timeout(300)
         self.page.evaluate(
             """([x, y, scale]) => { const view = app.canvas.ds; view.scale = scale; view.offset = [x, y];
                app.canvas.setDirty(true, true) }""",
-            [(room + margin) / scale - left, (room + margin) / scale - top, scale],
+            [(padding + margin) / scale - left, (padding + margin) / scale - top, scale],
         )
         self.page.wait_for_timeout(700)
         canvas = self.page.evaluate("() => { const r = app.canvas.canvas.getBoundingClientRect(); return [r.x, r.y] }")
-        clip = {"x": room + canvas[0], "y": room + canvas[1], "width": width, "height": height}
+        clip = {"x": padding + canvas[0], "y": padding + canvas[1], "width": width, "height": height}
         self.page.screenshot(path=str(file), clip=clip)
 
 

@@ -1,4 +1,4 @@
-"""The embedded model as one checkpoint of the layout that SD1.5 was published in, for ComfyUI's loader.
+"""The toy model as one checkpoint in the original layout of SD1.5, for ComfyUI's loader.
 
 python checkpoint.py COMFYUI MODEL FILE
 """
@@ -44,7 +44,7 @@ def checkpoint(model: Path) -> dict[str, torch.Tensor]:
     )
     unet = load_file(model / "unet" / "diffusion_pytorch_model.safetensors")
     text = load_file(model / "text_encoder" / "model.safetensors")
-    # ComfyUI's text encoder has room for CLIP's whole vocabulary, however many words a model knows.
+    # ComfyUI's text encoder has CLIP's whole vocabulary, the toy model a smaller one.
     words = text["text_model.embeddings.token_embedding.weight"]
     text["text_model.embeddings.token_embedding.weight"] = F.pad(words, (0, 0, 0, CLIP_VOCABULARY - len(words)))
     vae = diffusers_convert.convert_vae_state_dict(load_file(model / "vae" / "diffusion_pytorch_model.safetensors"))

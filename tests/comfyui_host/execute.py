@@ -1,4 +1,4 @@
-"""Calls nodes of the pack in a real ComfyUI, without its server, so that tests see the tensors that come out.
+"""Calls nodes of the pack in a real ComfyUI, without its server, so that tests see the output tensors.
 
     python execute.py COMFYUI FOLDER
 
@@ -20,7 +20,7 @@ import torch
 
 
 def same(first: Any, second: Any) -> bool:
-    """Whether inputs are what they were."""
+    """Whether two input values are equal."""
     if isinstance(first, dict):
         return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
     if isinstance(first, list):
@@ -36,7 +36,7 @@ def call(node: Any, inputs: dict[str, Any], latent: torch.Tensor | None = None) 
         outputs = node.PREPARE_CLASS_CLONE({}).EXECUTE_NORMALIZED(**inputs).args
         if latent is not None:
             outputs = (outputs[0](latent=latent),)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - whatever a node raises is compared
         return f"{type(error).__name__}: {error}"
     assert same(before, inputs), f"{node.__name__} changed its inputs"
     return outputs

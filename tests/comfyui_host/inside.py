@@ -1,4 +1,4 @@
-"""Runs a piece of code inside a real ComfyUI, and prints as JSON what its variable ``answer`` holds.
+"""Runs a piece of code inside a real ComfyUI, and prints its variable ``answer`` as JSON.
 
     python inside.py COMFYUI CODE
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def pack(name: str) -> Any:
-    """Import as ComfyUI does, as a package under a name of its own."""
+    """Import a module as ComfyUI does, in a package that is not called freq_loss_plugin."""
     if "the_pack" not in sys.modules:
         sys.modules["the_pack"] = types.ModuleType("the_pack")
         sys.modules["the_pack"].__path__ = [str(ROOT)]

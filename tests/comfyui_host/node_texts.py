@@ -1,9 +1,9 @@
-"""Names and tooltips of the nodes, as ComfyUI's translations want them, and the tables of the help pages made of them.
+"""Names and tooltips of the nodes as ComfyUI's translation files, and the tables of the help pages made from them.
 
     python node_texts.py ADDRESS      with ComfyUI running there: writes locales/en, and the tables of every help page
 
-English texts stand in the nodes themselves. The other languages are translated by hand in ``locales/LANGUAGE``; the
-tables at the end of the help pages follow from them, so that nothing is said twice by hand.
+English texts are in the nodes themselves. The other languages are translated by hand in ``locales/LANGUAGE``, and the
+tables at the end of the help pages are generated from these files.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ def texts(language: str, file: str = "nodeDefs") -> dict[str, Any]:
 
 
 def headings(language: str) -> dict[str, str]:
-    """The words inputs, outputs, name and meaning."""
+    """The translations of inputs, outputs, name and meaning."""
     return texts(language, "main")["FreqLoss"]
 
 
 def table(texts_of_node: dict[str, Any], language: str) -> str:
-    """Inputs and outputs of a node as the end of its help page."""
+    """The tables of inputs and outputs at the end of a node's help page."""
     words, parts = headings(language), []
     for kind in ("inputs", "outputs"):
         lines = [f"## {words[kind]}", "", f"| {words['name']} | {words['meaning']} |", "|---|---|"]
@@ -66,16 +66,18 @@ def page(node: str, language: str) -> Path:
 
 
 def with_table(text: str, texts_of_node: dict[str, Any], language: str) -> str:
-    """A help page whose tables are those of the texts."""
+    """A help page with its tables regenerated."""
     prose = text.split(f"## {headings(language)['inputs']}")[0].rstrip("\n")
     return f"{prose}\n\n{table(texts_of_node, language)}"
 
 
 def main() -> None:
     with urllib.request.urlopen(f"{sys.argv[1]}/object_info") as answer:
-        made = english(json.load(answer))
+        english_texts = english(json.load(answer))
+    if not english_texts:
+        sys.exit("this server has not loaded the pack")
     file = ROOT / "locales" / "en" / "nodeDefs.json"
-    file.write_text(json.dumps(made, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(english_texts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     for language in LANGUAGES:
         for node, texts_of_node in texts(language).items():
             help_page = page(node, language)

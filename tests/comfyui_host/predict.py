@@ -1,4 +1,4 @@
-"""What ComfyUI's own UNet predicts once its own loader has applied a LoRA file.
+"""The prediction of ComfyUI's own UNet with a LoRA that its own loader has applied.
 
     python predict.py COMFYUI MODEL LORA INPUTS RESULT
 
@@ -23,7 +23,7 @@ def main() -> None:
     os.environ["FREQ_LOSS_TINY_SD"] = str(model)
     import comfy.sd
     import comfy.utils
-    import tiny_sd_support  # noqa: F401 - makes the embedded model one of those that ComfyUI knows
+    import tiny_sd_support  # noqa: F401 - registers the toy model
 
     loaded = comfy.sd.load_state_dict_guess_config(checkpoint(model), output_vae=False, output_clip=False)[0]
     given = torch.load(inputs)

@@ -24,7 +24,7 @@ def main() -> None:
     packed, plain = {}, {}
     for name, weight in load_file(checkpoint).items():
         packed[name] = plain[name] = weight
-        # What kind of model it is, ComfyUI reads off the second dimension of attn2.to_k.
+        # ComfyUI recognizes the model by the second dimension of attn2.to_k.
         if ".transformer_blocks." not in name or weight.ndim != 2 or ".attn2.to_k." in name:
             continue
         made = QuantizedTensor.from_float(weight, QUANT_ALGOS[kind]["comfy_tensor_layout"])

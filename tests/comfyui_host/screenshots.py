@@ -1,10 +1,10 @@
-"""Takes the thumbnails of the example workflows from the running program.
+"""Makes the thumbnails of the example workflows from screenshots.
 
     python screenshots.py LORA [NUMBER ...]
 
-LORA is a file of the engine (``./train_freq_aware.sh`` leaves output/tiny_lora.safetensors); for the workflow with a
-guidance token one that was trained with it (``--guidance_token true``). The workflows run as they
-are, except that the embedded model, which stands in for SD1.5, is asked for pictures of its own size and kind.
+LORA is a file of the engine (``./train_freq_aware.sh`` writes output/tiny_lora.safetensors), trained with
+``--guidance_token true`` for the workflow with a guidance token. The workflows run unchanged but for size and prompt,
+since the toy model takes the place of SD1.5.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PROMPT = "a red circle in the centre on white with checks, weave style"
 def main() -> None:
     import hosts
 
-    from freq_loss_plugin.embedded import model_folder
+    from freq_loss_plugin.toy_model import model_folder
 
     lora, numbers = Path(sys.argv[1]), sys.argv[2:]
     comfyui = hosts.comfyui()
@@ -48,9 +48,9 @@ def main() -> None:
                     page.set({"text": PROMPT}, title="Prompt")
                     page.set({"text": ""}, title="Negative prompt")
                     page.run()
-                    picture = Path(folder) / "picture.png"
-                    page.fit(picture)
-                    Image.open(picture).convert("RGB").save(file.with_suffix(".jpg"), quality=88)
+                    image = Path(folder) / "image.png"
+                    page.fit(image)
+                    Image.open(image).convert("RGB").save(file.with_suffix(".jpg"), quality=88)
                     print(file.with_suffix(".jpg").name)
         finally:
             server.stop()

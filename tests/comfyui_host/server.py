@@ -20,20 +20,20 @@ CHECKPOINT = "v1-5-pruned-emaonly-fp16.safetensors"
 
 
 class PromptError(Exception):
-    """A prompt was refused, or a node of it failed; the message is what the user sees."""
+    """A prompt was rejected, or one of its nodes failed; the message is the one that the user sees."""
 
 
 class Server:
-    """ComfyUI with the pack linked into its custom nodes, and with what it needs to load the embedded model.
+    """ComfyUI with the pack linked into its custom nodes, and with support for the toy model.
 
     Args:
         comfyui: a checkout.
         folder: becomes the base directory (models, input, output, custom_nodes).
-        model: the embedded model's folder; its checkpoint is made at once.
-        pack: the folder of the pack, or None to link nothing.
+        model: the toy model's folder, in diffusers layout; converted to a checkpoint at once.
+        pack: the folder of the pack.
     """
 
-    def __init__(self, comfyui: Path, folder: Path, model: Path, pack: Path | None = PACK) -> None:
+    def __init__(self, comfyui: Path, folder: Path, model: Path, pack: Path = PACK) -> None:
         self.folder, self._comfyui = folder, comfyui
         for name in ("models/checkpoints", "models/loras", "input", "output", "custom_nodes", "user"):
             (folder / name).mkdir(parents=True, exist_ok=True)
@@ -41,8 +41,7 @@ class Server:
         subprocess.run([*make, str(folder / "models" / "checkpoints" / CHECKPOINT)], check=True, capture_output=True)
         links = {"tiny_sd_support": HERE / "tiny_sd_support", PACK_NAME: pack}
         for name, target in links.items():
-            if target is not None:
-                (folder / "custom_nodes" / name).symlink_to(target, target_is_directory=True)
+            (folder / "custom_nodes" / name).symlink_to(target, target_is_directory=True)
         self.port = _free_port()
         self.log = folder / "server.log"
         self._environment = {**os.environ, "FREQ_LOSS_TINY_SD": str(model), "CUDA_VISIBLE_DEVICES": ""}
@@ -50,10 +49,10 @@ class Server:
 
     @property
     def address(self) -> str:
-        """Where a browser finds it."""
+        """Its URL."""
         return f"http://127.0.0.1:{self.port}"
 
-    def start(self, *options: str, patience: float = 180) -> Server:
+    def start(self, *options: str, timeout: float = 180) -> Server:
         """Start it and wait until it answers."""
         command = [sys.executable, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(self.port)]
         command += [
@@ -69,7 +68,7 @@ class Server:
             self._process = subprocess.Popen(
                 [*command, *options], cwd=self._comfyui, env=self._environment, stdout=log, stderr=subprocess.STDOUT
             )
-        end = time.monotonic() + patience
+        end = time.monotonic() + timeout
         while time.monotonic() < end:
             if self._process.poll() is not None:
                 break
@@ -83,7 +82,7 @@ class Server:
         raise RuntimeError(f"ComfyUI did not start:\n{self.log.read_text()[-4000:]}")
 
     def stop(self) -> None:
-        """End it."""
+        """Stop it."""
         if self._process is not None:
             self._process.terminate()
             try:
@@ -102,7 +101,7 @@ class Server:
             return answer.read()
 
     def post(self, path: str, content: Any) -> Any:
-        """Send JSON; raises PromptError with the server's words where it refuses."""
+        """Send JSON; raises PromptError with the server's message where it rejects it."""
         request = urllib.request.Request(
             self.address + path, json.dumps(content).encode(), {"Content-Type": "application/json"}
         )
@@ -113,31 +112,31 @@ class Server:
             raise PromptError(error.read().decode()) from None
 
     def queue(self, prompt: dict[str, Any]) -> str:
-        """Queue a prompt in API format; its id."""
+        """Queue a prompt in API format and return its id."""
         return self.post("/prompt", {"prompt": prompt})["prompt_id"]
 
-    def run(self, prompt: dict[str, Any], patience: float = 300) -> dict[str, Any]:
+    def run(self, prompt: dict[str, Any], timeout: float = 300) -> dict[str, Any]:
         """Queue a prompt, wait for it, and return what its nodes show, by node id.
 
         Raises:
-            PromptError: it was refused, or a node failed.
+            PromptError: it was rejected, or a node failed.
         """
-        return self.wait(self.queue(prompt), patience)
+        return self.wait(self.queue(prompt), timeout)
 
-    def wait(self, prompt_id: str, patience: float = 300) -> dict[str, Any]:
+    def wait(self, prompt_id: str, timeout: float = 300) -> dict[str, Any]:
         """Wait for a queued prompt; as `run`."""
-        end = time.monotonic() + patience
+        end = time.monotonic() + timeout
         while time.monotonic() < end:
             history = self.get(f"/history/{prompt_id}")
             if prompt_id in history:
                 return _outputs(history[prompt_id])
             time.sleep(0.05)
-        raise TimeoutError(f"the prompt did not finish in {patience} s:\n{self.log.read_text()[-4000:]}")
+        raise TimeoutError(f"the prompt did not finish in {timeout} s:\n{self.log.read_text()[-4000:]}")
 
-    def pictures(self, shown: dict[str, Any]) -> list[Path]:
-        """The files of the pictures that a node shows."""
-        kinds = {"temp": self.folder / "temp", "output": self.folder / "output"}
-        return [kinds[each["type"]] / each["subfolder"] / each["filename"] for each in shown["images"]]
+    def images(self, shown: dict[str, Any]) -> list[Path]:
+        """The files of the images that a node shows."""
+        folders = {"temp": self.folder / "temp", "output": self.folder / "output"}
+        return [folders[image["type"]] / image["subfolder"] / image["filename"] for image in shown["images"]]
 
 
 def _outputs(entry: dict[str, Any]) -> dict[str, Any]:

@@ -98,15 +98,15 @@ def make_photos(folder: Path, size: int, *, alpha: bool = False) -> Path:
     target = folder / "1_photo"
     target.mkdir(parents=True)
     for name, caption in zip(PHOTOS, CAPTIONS, strict=True):
-        picture = Image.open(next(bundled.glob(f"{name}.*"))).convert("RGB")
-        side = min(picture.size)
-        left, top = (picture.width - side) // 2, (picture.height - side) // 2
-        picture = picture.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
+        image = Image.open(next(bundled.glob(f"{name}.*"))).convert("RGB")
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        image = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
         if alpha:
             mask = np.zeros((size, size), dtype=np.uint8)
             mask[:, : size // 2] = 255
-            picture.putalpha(Image.fromarray(mask))
-        picture.save(target / f"{name}.png")
+            image.putalpha(Image.fromarray(mask))
+        image.save(target / f"{name}.png")
         (target / f"{name}.txt").write_text(caption, encoding="utf-8")
     return folder
 

@@ -1,4 +1,4 @@
-"""Runs real sd-scripts trainings on small material and gathers what they leave behind."""
+"""Runs the real sd-scripts on small data and reads the files that it writes."""
 
 from __future__ import annotations
 

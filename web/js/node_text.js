@@ -1,8 +1,8 @@
-// Shows the text that a node returns (ui.text) in the node, and leaves it there.
+// Shows the text that a node returns (ui.text) permanently in the node.
 //
-// ComfyUI has no widget for this that a node can ask for. The server's progress texts are taken away at the end of a job
-// by frontends from 1.54.8 on, and the text widget of the core node "Preview as Text" is added by the page to that node
-// alone. This adds one like it to the nodes of this pack, once there is a text.
+// ComfyUI offers nodes no widget for this. Frontends from 1.54.8 on remove the server's progress texts at the end of a
+// job, and they add the text widget of the core node "Preview as Text" to that node only. This script adds a similar one
+// to the nodes of this pack, once there is a text.
 
 import { app } from "../../../scripts/app.js";
 
@@ -11,15 +11,15 @@ const WIDGET = "freq_loss_text";
 const STORED = "FreqLoss.texts";
 const LINE = 12; // pixels, at the font size of 10 pixels
 const CHARACTER = 6;
-const MOST_LINES = 12; // of a text that is longer, the rest is scrolled
+const MAX_LINES = 12; // longer texts scroll
 
 /** Show the text of a node's output; without one, as for a cached node without outputs, the last text stays. */
 function show(node, output) {
   const text = [output?.text ?? []].flat().join("\n");
   if (!text) return;
-  const widget = node.widgets?.find((each) => each.name === WIDGET) ?? addWidget(node);
+  const widget = node.widgets?.find((widget) => widget.name === WIDGET) ?? addWidget(node);
   widget.value = text;
-  widget.element.rows = Math.min(lineCount(node, text), MOST_LINES); // the height in Vue nodes
+  widget.element.rows = Math.min(lineCount(node, text), MAX_LINES); // the height in Vue nodes
   node.setDirtyCanvas(true, true);
 }
 
@@ -30,32 +30,32 @@ function addWidget(node) {
   element.spellcheck = false;
   element.dataset.captureWheel = "true"; // Vue nodes: a long text scrolls
   element.addEventListener("wheel", (event) => {
-    // Vue nodes zoom by themselves where there is nothing to scroll.
+    // Vue nodes zoom by themselves if there is nothing to scroll.
     if (LiteGraph.vueNodesMode || (element.scrollHeight > element.clientHeight && !event.ctrlKey)) return;
     event.preventDefault();
     app.canvas.processMouseWheel(event);
   });
-  const height = (most) => 2 * 10 + 6 + LINE * Math.min(lineCount(node, element.value), most);
+  const height = (maxLines) => 2 * 10 + 6 + LINE * Math.min(lineCount(node, element.value), maxLines);
   const widget = node.addDOMWidget(WIDGET, WIDGET, element, {
     getValue: () => element.value,
     setValue: (value) => (element.value = value),
-    getMinHeight: () => height(MOST_LINES),
-    getMaxHeight: () => height(Infinity), // what is left is for pictures
+    getMinHeight: () => height(MAX_LINES),
+    getMaxHeight: () => height(Infinity), // leaves the rest of the node to images
     hideOnZoom: false,
     hideInPanel: true,
-    serialize: false, // it is no input: it does not go into the prompt,
+    serialize: false, // not an input: it is not part of the prompt,
   });
-  widget.serialize = false; // nor among the values of the widgets in a workflow
+  widget.serialize = false; // nor of the widget values in a workflow
   return widget;
 }
 
-/** How many lines a text has at the node's width, roughly. */
+/** The approximate number of lines of a text at the node's width. */
 function lineCount(node, text) {
   const width = Math.max(20, (node.size[0] - 30) / CHARACTER);
   return text.split("\n").reduce((count, line) => count + Math.max(1, Math.ceil(line.length / width)), 0);
 }
 
-/** This pack's nodes, by the names that the page has for them: ID, or SUBGRAPH:ID. */
+/** This pack's nodes and the keys of their outputs: ID, or SUBGRAPH:ID. */
 function* ownNodes() {
   const root = app.rootGraph ?? app.graph;
   for (const graph of [root, ...(root?.subgraphs?.values() ?? [])])
@@ -67,12 +67,12 @@ function showAll(outputs) {
   for (const [name, node] of ownNodes()) show(node, outputs?.[name]);
 }
 
-// Texts are kept over a reload of the page, but not in the workflow: there, each would be a change that can be undone, and
-// pictures would carry the text of the job before theirs.
+// Texts survive a reload of the page, but are not saved in the workflow: there, every text would be a change to undo, and
+// saved images would contain the text of the previous job.
 addEventListener("pagehide", () => {
   const outputs = {};
   for (const [name, node] of ownNodes()) {
-    const widget = node.widgets?.find((each) => each.name === WIDGET);
+    const widget = node.widgets?.find((widget) => widget.name === WIDGET);
     if (widget) outputs[name] = { text: [widget.value] };
   }
   sessionStorage.setItem(STORED, JSON.stringify({ graph: (app.rootGraph ?? app.graph)?.id, outputs }));
@@ -95,7 +95,7 @@ app.registerExtension({
     if (stored && stored.graph === (app.rootGraph ?? app.graph).id) showAll(stored.outputs);
   },
 
-  /** Another workflow, an undone change, or a job out of the queue is on the page now; these are its outputs. */
+  /** The page now shows another workflow, an undone change, or a finished job; these are its outputs. */
   onNodeOutputsUpdated(outputs) {
     showAll(outputs);
   },

@@ -1,8 +1,8 @@
-"""A custom node pack for tests: lets ComfyUI load the embedded model from a checkpoint file.
+"""A custom node pack for tests: lets ComfyUI load the toy model from a checkpoint file, and has nodes to test with.
 
-ComfyUI knows models by their widths, and hard-codes those of SD1.5's text encoder and VAE, and groups of 32 in its
-normalizations. One more supported model is given to it here, with the configurations in the folder that
-FREQ_LOSS_TINY_SD names. Nothing of the project's own nodes is in this pack.
+ComfyUI recognizes models by their widths, and hard-codes those of SD1.5's text encoder and VAE, and groups of 32 in its
+normalizations. This pack registers one more supported model, with the configurations in the folder that the environment
+variable FREQ_LOSS_TINY_SD names.
 """
 
 import functools
@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import comfy.ops
 import comfy.patcher_extension
@@ -24,58 +25,39 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 import packed_layers
 
 
-class CountCalls:
-    """Writes a letter to a file whenever the diffusion model is called; ``run`` makes each run another one."""
+class ModelNode:
+    """A node that takes a model and returns one."""
 
     RETURN_TYPES = ("MODEL",)
-    FUNCTION = "count"
+    FUNCTION = "execute"
     CATEGORY = "tests"
+    EXTRA_INPUTS: ClassVar = {}
 
     @classmethod
     def INPUT_TYPES(cls):  # noqa: N802
-        return {"required": {"model": ("MODEL",), "file": ("STRING", {}), "run": ("INT", {})}}
+        return {"required": {"model": ("MODEL",), **cls.EXTRA_INPUTS}}
 
-    def count(self, model, file, run):
-        def call(executor, *arguments, **named):
-            with open(file, "a") as log:
+
+class CountCalls(ModelNode):
+    """Appends a letter to a file in every call of the diffusion model; another ``run`` keeps it from being cached."""
+
+    EXTRA_INPUTS: ClassVar = {"file": ("STRING", {}), "run": ("INT", {})}
+
+    def execute(self, model, file, run):
+        def call(executor, *args, **kwargs):
+            with Path(file).open("a") as log:
                 log.write("x")
-            return executor(*arguments, **named)
+            return executor(*args, **kwargs)
 
         counted = model.clone()
         counted.add_wrapper(comfy.patcher_extension.WrappersMP.APPLY_MODEL, call)
         return (counted,)
 
 
-class AddSound:
-    """A latent with a second one for sound, as LTX-2 has them."""
-
-    RETURN_TYPES = ("LATENT",)
-    FUNCTION = "add"
-    CATEGORY = "tests"
-
-    @classmethod
-    def INPUT_TYPES(cls):  # noqa: N802
-        return {"required": {"samples": ("LATENT",)}}
-
-    def add(self, samples):
-        from comfy.nested_tensor import NestedTensor  # 0.3.64 has none
-
-        video = samples["samples"]
-        return ({**samples, "samples": NestedTensor((video, video.new_zeros(len(video), 8, 30)))},)
-
-
-class FuseActivations:
+class FuseActivations(ModelNode):
     """A model whose feed-forward layers go through core's `linear_input_act`, as those of Wan and LTX-Video do."""
 
-    RETURN_TYPES = ("MODEL",)
-    FUNCTION = "fuse"
-    CATEGORY = "tests"
-
-    @classmethod
-    def INPUT_TYPES(cls):  # noqa: N802
-        return {"required": {"model": ("MODEL",)}}
-
-    def fuse(self, model):
+    def execute(self, model):
         fused = model.clone()
         for name, layer in model.model.named_modules():
             if name.endswith(".ff.net"):
@@ -88,36 +70,22 @@ class FuseActivations:
         return comfy.ops.linear_input_act(net[2], net[0](x), "gelu_tanh")
 
 
-class Pack:
-    """A model whose transformers have linear layers of another pack; see `packed_layers`."""
+class Pack(ModelNode):
+    """A model whose transformers have linear layers as other node packs quantize them; see `packed_layers`."""
 
-    RETURN_TYPES = ("MODEL",)
-    FUNCTION = "pack"
-    CATEGORY = "tests"
+    EXTRA_INPUTS: ClassVar = {"kind": (list(packed_layers.KINDS),)}
 
-    @classmethod
-    def INPUT_TYPES(cls):  # noqa: N802
-        return {"required": {"model": ("MODEL",), "kind": (list(packed_layers.KINDS),)}}
-
-    def pack(self, model, kind):
+    def execute(self, model, kind):
         for name, layer in list(model.model.named_modules()):
             if ".transformer_blocks." in name and isinstance(layer, torch.nn.Linear):
                 comfy.utils.set_attr(model.model, name, packed_layers.KINDS[kind](layer))
         return (model.clone(),)
 
 
-class Copy:
-    """Predictions by a copy of the model, as ComfyUI 0.23 and newer spread them over several GPUs."""
+class Copy(ModelNode):
+    """Predictions by a copy of the model, as ComfyUI 0.23 and newer distribute them over several GPUs."""
 
-    RETURN_TYPES = ("MODEL",)
-    FUNCTION = "copy"
-    CATEGORY = "tests"
-
-    @classmethod
-    def INPUT_TYPES(cls):  # noqa: N802
-        return {"required": {"model": ("MODEL",)}}
-
-    def copy(self, model):
+    def execute(self, model):
         other = model.deepclone_multigpu()
         other.model.current_patcher = other
         spread = model.clone()
@@ -125,40 +93,58 @@ class Copy:
         return (spread,)
 
 
+class AddAudio:
+    """A latent with a second one for audio, as in LTX-2."""
+
+    RETURN_TYPES = ("LATENT",)
+    FUNCTION = "execute"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):  # noqa: N802
+        return {"required": {"samples": ("LATENT",)}}
+
+    def execute(self, samples):
+        from comfy.nested_tensor import NestedTensor  # 0.3.64 has none
+
+        video = samples["samples"]
+        return ({**samples, "samples": NestedTensor((video, video.new_zeros(len(video), 8, 30)))},)
+
+
 class Attachments:
-    """What a model carries along, as a text."""
+    """The LoRA metadata attached to a model and to a text encoder, as a text."""
 
     RETURN_TYPES = ()
     OUTPUT_NODE = True
-    FUNCTION = "show"
+    FUNCTION = "execute"
     CATEGORY = "tests"
 
     @classmethod
     def INPUT_TYPES(cls):  # noqa: N802
         return {"required": {"model": ("MODEL",)}, "optional": {"clip": ("CLIP",)}}
 
-    def show(self, model, clip=None):
+    def execute(self, model, clip=None):
         patchers = [model, *([clip.patcher] if clip else [])]
-        return {"ui": {"text": [json.dumps([each.attachments.get("lora_metadata") for each in patchers])]}}
+        return {"ui": {"text": [json.dumps([patcher.attachments.get("lora_metadata") for patcher in patchers])]}}
 
 
 class Name:
     """The name of a file, for another node's list."""
 
     RETURN_TYPES = ("COMBO",)
-    FUNCTION = "give"
+    FUNCTION = "execute"
     CATEGORY = "tests"
 
     @classmethod
     def INPUT_TYPES(cls):  # noqa: N802
         return {"required": {"name": ("STRING", {})}}
 
-    def give(self, name):
+    def execute(self, name):
         return (name,)
 
 
 NODE_CLASS_MAPPINGS = {
-    f"TinySD_{each.__name__}": each for each in (Copy, CountCalls, AddSound, FuseActivations, Pack, Attachments, Name)
+    f"TinySD_{node.__name__}": node for node in (CountCalls, FuseActivations, Pack, Copy, AddAudio, Attachments, Name)
 }
 
 _MODEL = Path(os.environ["FREQ_LOSS_TINY_SD"])
@@ -204,24 +190,24 @@ class NarrowTextModel(sd1_clip.SD1ClipModel):
 
 
 class NarrowSD15(comfy.supported_models.SD15):
-    unet_config = {  # noqa: RUF012
+    unet_config: ClassVar = {
         **comfy.supported_models.SD15.unet_config,
         "model_channels": UNET["block_out_channels"][0],
         "context_dim": UNET["cross_attention_dim"],
     }
 
-    def get_model(self, *arguments, **named):
+    def get_model(self, *args, **kwargs):
         self.custom_operations = Operations
         if getattr(self, "quant_config", None):
             self.custom_operations = quantized_operations(self.quant_config)
-        return super().get_model(*arguments, **named)
+        return super().get_model(*args, **kwargs)
 
     def clip_target(self, state_dict=None):
         return comfy.supported_models_base.ClipTarget(NarrowTokenizer, NarrowTextModel)
 
 
 class NarrowVAE(comfy.sd.VAE):
-    """ComfyUI's VAE, built with the embedded model's widths and groups where a file has them."""
+    """ComfyUI's VAE, with the toy model's widths and groups where the file has them."""
 
     def __init__(self, sd=None, device=None, config=None, dtype=None, metadata=None):
         first = (sd or {}).get("encoder.conv_in.weight")

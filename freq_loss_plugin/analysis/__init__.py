@@ -1,0 +1,1 @@
+"""Spectra, mixing of bands, and figures of both, for ComfyUI's nodes and for validation."""

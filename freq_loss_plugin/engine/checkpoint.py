@@ -1,0 +1,120 @@
+"""What a run writes: the metadata of its LoRA file, and the state from which it can be resumed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..atomic_files import write_whole
+from ..guidance_token.features import CLIP_KEY, Features, file_metadata
+from ..lora.kohya_format import NETWORK_MODULE
+from ..options.config import FreqLossConfig
+from ..options.fields import ConfigError
+from .dataset import DataSet
+from .settings import Settings
+
+# The settings that may differ when a run is resumed.
+_MAY_CHANGE = {
+    "max_train_steps",
+    "save_every_n_steps",
+    "save_precision",
+    "logging_dir",
+    "log_with",
+    "output_dir",
+    "output_name",
+}
+
+
+def metadata(settings: Settings, loss: FreqLossConfig, data: DataSet, step: int, started: float) -> dict[str, str]:
+    """The metadata of the LoRA file: the ``ss_*`` entries of sd-scripts, and those of the loss, as the hook has.
+
+    Args:
+        settings: the training settings.
+        loss: the options of the frequency loss.
+        data: the training images.
+        step: optimizer steps done.
+        started: when the run started, in seconds since the epoch.
+    """
+    unet_rate, text_rate = settings.learning_rates
+    version = "sd_v2" if settings.v2 else "sd_v1"
+    entries: dict[str, Any] = {
+        "ss_network_module": NETWORK_MODULE,
+        "ss_network_dim": settings.network_dim,
+        "ss_network_alpha": settings.network_alpha,
+        "ss_base_model_version": f"{version}_v" if settings.v2 and settings.v_parameterization else version,
+        "ss_v2": settings.v2,
+        "ss_sd_model_name": Path(settings.pretrained_model_name_or_path).name,
+        "ss_output_name": settings.output_name,
+        "ss_learning_rate": settings.learning_rate,
+        "ss_unet_lr": unet_rate,
+        "ss_text_encoder_lr": text_rate or None,
+        "ss_optimizer": settings.optimizer_type,
+        "ss_lr_scheduler": settings.lr_scheduler,
+        "ss_lr_warmup_steps": settings.lr_warmup_steps,
+        "ss_max_train_steps": settings.max_train_steps,
+        "ss_steps": step,
+        "ss_total_batch_size": settings.train_batch_size,
+        "ss_gradient_accumulation_steps": settings.gradient_accumulation_steps,
+        "ss_gradient_checkpointing": settings.gradient_checkpointing,
+        "ss_mixed_precision": settings.mixed_precision,
+        "ss_seed": settings.seed,
+        "ss_resolution": str(settings.size),
+        "ss_enable_bucket": settings.enable_bucket,
+        "ss_clip_skip": settings.clip_skip,
+        "ss_min_snr_gamma": settings.min_snr_gamma,
+        "ss_zero_terminal_snr": settings.zero_terminal_snr,
+        "ss_num_train_images": sum(example.repeats for example in data.examples),
+        "ss_training_started_at": started,
+        "ss_tag_frequency": json.dumps(data.tag_frequency),
+    }
+    texts = {key: str(value) for key, value in entries.items()}
+    if loss.enabled or data.features is not None:
+        texts |= loss.file_metadata(NETWORK_MODULE)
+    return texts if data.features is None else texts | file_metadata(loss.guidance_token, data.features)
+
+
+def write_state(settings: Settings, loss: FreqLossConfig, features: Features | None, state: dict[str, Any]) -> None:
+    """Write the state from which `read_state` resumes, atomically.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    identity = {"settings": _identity(settings, loss, features)}
+    write_whole(settings.state_file, lambda part: torch.save(state | identity, part))
+
+
+def _identity(settings: Settings, loss: FreqLossConfig, features: Features | None) -> dict[str, str]:
+    """The settings and options that must be the same when a run is resumed."""
+    identity = {key: str(value) for key, value in asdict(settings).items() if key not in _MAY_CHANGE}
+    identity |= {key: str(value) for key, value in loss.metadata().items()}
+    return identity if features is None else identity | {CLIP_KEY: features.clip}
+
+
+def read_state(settings: Settings, loss: FreqLossConfig, features: Features | None) -> dict[str, Any]:
+    """Read the state that an earlier run saved.
+
+    Raises:
+        ConfigError: there is none, it cannot be read, or it was saved with other settings.
+    """
+    file = settings.state_file
+    if not file.is_file():
+        raise ConfigError(
+            f"--resume: there is no saved state {file}; a state is written at the end, on Ctrl-C, and every "
+            "save_every_n_steps. Train without --resume first, or check output_dir and output_name"
+        )
+    try:
+        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ConfigError(f"--resume: {file} cannot be read ({error}); train without --resume") from error
+    saved: dict[str, str] = state["settings"]
+    for key, value in _identity(settings, loss, features).items():
+        if saved.get(key) != value:
+            raise ConfigError(
+                f"--resume: {file} was saved with {key.removeprefix('ss_')} = {saved.get(key)}, and this run has "
+                f"{value}; use the same settings, or train without --resume"
+            )
+    return state

@@ -1,0 +1,83 @@
+"""The losses on validation images, for fixed noise and timesteps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..analysis.figures import spectrum_plot
+from ..training.passes import Pass
+from ..training.random_streams import named_generator
+from ..training.term import FrequencyTerm
+from .dataset import Example
+from .tracking import Tracking
+
+TIMESTEPS = (300, 500)
+_BATCH = 16
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """L_low and L_high on validation images after ``step`` steps, averaged over fixed noise and timesteps."""
+
+    step: int
+    low: float
+    high: float
+
+
+class HeldOut:
+    """Images that are not trained on, and the losses on them.
+
+    Args:
+        examples: the images.
+        latents: their clean latents, on the CPU.
+        run_pass: runs the model on clean latents of shape (B, C, H, W) at one timestep; its arguments are the latents,
+            the timestep, their examples, and the generator of the noise.
+        base_loss: the base loss of such a pass.
+    """
+
+    def __init__(
+        self,
+        examples: list[Example],
+        latents: list[Tensor],
+        run_pass: Callable[[Tensor, int, list[Example], torch.Generator], Pass],
+        base_loss: Callable[[Pass], Tensor],
+    ) -> None:
+        self._examples, self._latents, self._run_pass, self._base_loss = examples, latents, run_pass, base_loss
+        sizes = dict.fromkeys(example.size for example in examples)
+        by_size = ([i for i, example in enumerate(examples) if example.size == size] for size in sizes)
+        self._batches = [indices[i : i + _BATCH] for indices in by_size for i in range(0, len(indices), _BATCH)]
+
+    @torch.no_grad()
+    def evaluate(self, term: FrequencyTerm, step: int, tracking: Tracking) -> Evaluation | None:
+        """Compute the losses with the weights as they are now, and log them; None if there are no images.
+
+        Args:
+            term: the frequency term, which has the options.
+            step: optimizer steps done.
+            tracking: where to log.
+        """
+        if not self._examples:
+            return None
+        losses = []
+        for timestep in TIMESTEPS:
+            generator = named_generator(f"evaluation:{timestep}")
+            for indices in self._batches:
+                clean = torch.stack([self._latents[i] for i in indices])
+                examples = [self._examples[i] for i in indices]
+                passed = self._run_pass(clean, timestep, examples, generator)
+                loss = term.evaluate(passed)
+                losses.append((loss.low.item(), loss.high.item(), self._base_loss(passed).item()))
+                if tracking.is_on and term.validation is not None:
+                    term.validate(passed, clean.to(passed.prediction.device))
+        low, high, base = (sum(values) / len(values) for values in zip(*losses, strict=True))
+        tracking.log({"loss/validation/step_average": base}, step)
+        result = term.validation.finish() if term.validation is not None else None
+        if result is not None:
+            tracking.log({f"loss/validation/freq_{name}": value for name, value in result.numbers.items()}, step)
+            image = spectrum_plot(result.spectra, "A: predicted clean latents, B: clean latents")
+            tracking.log_image("loss/validation/freq_spectrum", image, step)
+        return Evaluation(step, low, high)

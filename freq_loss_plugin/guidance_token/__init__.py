@@ -1,0 +1,1 @@
+"""The guidance token: CLIP features of the training images, their files, and their extraction."""

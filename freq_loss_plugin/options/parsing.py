@@ -1,0 +1,56 @@
+"""How what people write becomes options: one level of sections, ``key=value`` strings, and slips of the finger."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from .fields import ConfigError, expectation, key_of, type_name
+
+
+def parse_pairs(items: Iterable[str]) -> dict[str, str]:
+    """``["dist_match=0.01", "freq_loss_method=fft"]`` as a dictionary; the one reader of such strings.
+
+    Raises:
+        ConfigError: an item without ``=``, or a key given twice.
+    """
+    values: dict[str, str] = {}
+    for item in items:
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if not equals:
+            raise ConfigError(f"{item!r}: expected key=value, for instance dist_match=0.003")
+        if key in values:
+            raise ConfigError(f"{key} is given twice: {values[key]!r} and {value!r}; keep one")
+        values[key] = value
+    return values
+
+
+def parse(option: Any, value: str) -> Any:
+    """Give a string from a command line the option's type.
+
+    Raises:
+        ConfigError: a string that is no value of that type.
+    """
+    convert: Any = {"float": _parse_float, "int": int, "bool": _parse_bool}.get(type_name(option), str)
+    try:
+        return convert(value)
+    except (ValueError, KeyError):
+        raise ConfigError(f"{key_of(option)} = {value!r}: expected {expectation(option)}") from None
+
+
+def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
+    """One level of sections merged into the top level, as sd-scripts does; of two equal keys the first wins."""
+    flat = {key: value for key, value in values.items() if not isinstance(value, Mapping)}
+    for table in values.values():
+        if isinstance(table, Mapping):
+            flat = {**table, **flat}
+    return flat
+
+
+def _parse_float(value: str) -> float | bool:
+    """A number; for options that are as good as a switch also true and false, which `check_options` judges."""
+    return _parse_bool(value) if value.lower() in ("true", "false") else float(value)
+
+
+def _parse_bool(value: str) -> bool:
+    return {"true": True, "1": True, "false": False, "0": False}[value.lower()]

@@ -1,0 +1,133 @@
+"""What a run prints about the loss: one block at the start, one line after fifty steps, and nothing in between."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import NamedTuple
+
+from ..guidance_token.features import Features
+from ..loss.wavelet_library import INSTALL_HINT
+from ..options.config import PREFIX, FreqLossConfig
+from ..version import __version__
+
+# Steps after which the mean fraction of the loss is reported, and the bounds outside of which it is a warning.
+REPORT_STEPS = 50
+SMALL_FRACTION, LARGE_FRACTION = 0.01, 0.5
+
+
+def describe(config: FreqLossConfig, model: str, network_module: str, *, features: Features | None = None) -> list[str]:
+    """The lines of the block at the start: which options are in force and what they cost.
+
+    Args:
+        config: the options.
+        model: what is trained, for people: ``SDXL (prediction type epsilon)``.
+        network_module: the module that made the network.
+        features: those of the guidance token, where it is on.
+    """
+    token = _describe_token(config, features)
+    if not config.enabled and not token:
+        return [
+            f"freq_loss {__version__}: off (dist_match = 0); {network_module} trains exactly as without the plug-in"
+        ]
+    if not config.enabled:
+        return [f"freq_loss {__version__}: the loss is off (dist_match = 0) for {model}", *token]
+    keys = {name: key for key, name in FreqLossConfig.fields_by_key().items()}
+    shown = {keys[option.name]: getattr(config, option.name) for option in fields(config)}
+    shown["freq_loss_network_module"] = network_module
+    lines = [f"freq_loss {__version__}: on for {model}"]
+    lines += [f"  {key} = {value}{_remark(key, config)}" for key, value in shown.items() if _matters(key, config)]
+    memory = f"; {config.batch_history} latents per bucket are kept" if config.batch_history else ""
+    balance = (
+        "; comparing gradients at the model's output costs about ten plain MSEs more"
+        if config.gradient_ratio or config.grad_cosine
+        else ""
+    )
+    lines.append(f"  cost: {_cost(config)}{memory}{balance}")
+    return [*lines, *token]
+
+
+class Message(NamedTuple):
+    """A line for the user, and whether it is a warning."""
+
+    text: str
+    is_warning: bool
+
+
+class FractionReport:
+    """Finds the term's mean fraction of the loss over the first steps, and whether that is too little or too much.
+
+    Args:
+        max_train_steps: the length of the run, which may be shorter than `REPORT_STEPS`.
+        held: the ratio of the gradients is held, whatever that makes of the losses; there is nothing to warn of.
+    """
+
+    def __init__(self, max_train_steps: int | None, *, held: bool = False) -> None:
+        self._held = held
+        self._steps_left = min(REPORT_STEPS, max_train_steps or REPORT_STEPS)
+        self._fractions: list[float] = []
+
+    def add_step(self, step: int, fraction: float) -> Message | None:
+        """Note the fraction in one optimizer step; what there is to say after the last of the first steps, or None."""
+        self._steps_left -= 1
+        if self._steps_left < 0:
+            return None
+        self._fractions.append(fraction)
+        if self._steps_left:
+            return None
+        mean = sum(self._fractions) / len(self._fractions)
+        text = f"up to step {step} the frequency term was {mean:.2%} of the loss on average"
+        if self._held:
+            return Message(text, False)
+        if mean < SMALL_FRACTION:
+            factor = _factor_for(0.1, mean)
+            return Message(f"{text}, too little to act; multiply dist_match by {factor:.0f} for about 10%", True)
+        if mean > LARGE_FRACTION:
+            return Message(f"{text}, more than the base loss itself; lower dist_match", True)
+        return Message(text, False)
+
+
+def _remark(key: str, config: FreqLossConfig) -> str:
+    if key == "dist_match" and config.gradient_ratio:
+        return " (scaled by freq_loss_gradient_ratio)"
+    if key == "freq_loss_method" and config.resolved_method != config.method:
+        return f" -> {config.resolved_method}: the wavelet library cannot be imported ({INSTALL_HINT})"
+    return ""
+
+
+def _describe_token(config: FreqLossConfig, features: Features | None) -> list[str]:
+    if features is None:
+        return []
+    return [
+        f"  guidance_token = {config.guidance_token:g}: on; the last text token of each image is its CLIP features, "
+        f"those of {len(features.by_image)} images by {features.clip}, {features.width} wide; it costs nothing"
+    ]
+
+
+def _matters(key: str, config: FreqLossConfig) -> bool:
+    """Whether an option matters under the others."""
+    needs_method = {"freq_loss_wavelet": "wavelet", "freq_loss_levels": "wavelet", "freq_loss_cutoff": "fft"}
+    if key in needs_method:
+        return config.resolved_method == needs_method[key]
+    if key == "freq_loss_history_decay":
+        return config.batch_history > 0
+    if key in ("freq_loss_gradient_ratio", "freq_loss_grad_cosine", "freq_loss_validation"):
+        return bool(getattr(config, key.removeprefix(PREFIX)))
+    # The guidance token has a line of its own.
+    return key != "guidance_token" and (key != "min_snr_gamma" or config.sample_weights == "min_snr")
+
+
+def _cost(config: FreqLossConfig) -> str:
+    if config.timesteps == "unified":
+        return (
+            "one extra forward and backward pass per batch, so about twice the time per step; one graph is alive at a "
+            "time, so no more memory; freq_loss_timesteps = 'shared' needs no extra pass"
+        )
+    if config.timesteps == "shared":
+        return "no extra pass; a few plain MSEs in batches that share a timestep in the window, nothing in the others"
+    return "no extra pass; a few plain MSEs per batch"
+
+
+def _factor_for(wanted: float, fraction: float) -> float:
+    """By how much the term must grow to be the fraction ``wanted`` of the loss."""
+    fraction = max(fraction, 1e-12)
+    return (wanted / (1 - wanted)) / (fraction / (1 - fraction))

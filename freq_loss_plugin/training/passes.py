@@ -1,0 +1,47 @@
+"""What passes between a trainer and the frequency term: the result of a forward pass, and the plan for a batch."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Pass(NamedTuple):
+    """What a pass of the model returned, and how its samples count.
+
+    Attributes:
+        prediction: shape (B, C, H, W) or (B, C, T, H, W).
+        target: the same shape.
+        timesteps: on the scale 0..1000, shape (B,), or one number for all.
+        alphas_cumprod: alpha_bar of the schedule, shape (1000,), where the model predicts epsilon or v.
+        sample_weights: the trainer's weights of the samples, shape (B,).
+        mask: what the trainer multiplies its loss by, broadcastable to ``prediction``.
+    """
+
+    prediction: Tensor
+    target: Tensor
+    timesteps: Tensor | float
+    alphas_cumprod: Tensor | None = None
+    sample_weights: Tensor | None = None
+    mask: Tensor | None = None
+
+
+class Plan(NamedTuple):
+    """At which timesteps a batch trains.
+
+    Attributes:
+        stream: names the random stream of the extra pass.
+        extra: the timestep of the extra pass, or None where there is none.
+        timesteps: those of the base pass, on the CPU, shape (B,); None where the trainer draws its own.
+        shared: the timestep that the batch shares, or None.
+        sharing: the samples that take it, shape (B,), boolean; None where all do.
+        has_term: whether the base pass has a frequency term.
+    """
+
+    stream: str
+    extra: int | None = None
+    timesteps: Tensor | None = None
+    shared: float | None = None
+    sharing: Tensor | None = None
+    has_term: bool = False

@@ -1,0 +1,243 @@
+"""The frequency term of a training run, the same object in every trainer; it never calls a model.
+
+A trainer goes through these calls with every batch, and `settle` before every optimizer step:
+
+    plan = term.plan(count, draw)         at which timesteps the batch trains, and whether it has an extra pass
+    term.extra_pass(passed, backward)     unified: what the extra pass returned
+    loss = term.join(passed, base_loss)   what the base pass returned; the loss to propagate
+    metrics = term.settle(step)           the numbers; raises where one of them is not finite
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..loss.latents import PredictionType, residual_scale
+from ..loss.matching import frequency_matching_loss
+from ..loss.params import FrequencyLoss
+from ..options.config import FreqLossConfig
+from .batch_history import BatchHistory
+from .distributed import sum_over_processes, there_are_several
+from .gradient_balance import GradientBalance, GradientRatio, base_gradient, detached_term, mse_gradient
+from .messages import FractionReport
+from .monitor import StepMetrics, TermMonitor
+from .passes import Pass, Plan
+from .random_streams import stream_name
+from .timesteps import SampleDistributions, coupled_timesteps, shared_timesteps, unified_timestep
+from .validation import ValidationBands
+
+
+class _Term(NamedTuple):
+    """The term of a pass as it joins the base loss, its pass, and what is logged of it."""
+
+    loss: FrequencyLoss
+    passed: Pass
+    logs: Mapping[str, Tensor] = MappingProxyType({})
+
+
+class FrequencyTerm:
+    """Adds the frequency term to the base loss, batch by batch.
+
+    Args:
+        config: the options; with ``dist_match`` = 0 nothing is added, and the numbers are those of the base loss.
+        prediction_type: what the model predicts; see `freq_loss_plugin.loss.latents`.
+        seed: the seed of the run, on which the timesteps of extra passes depend.
+        first_batch: how many batches a resumed run has behind it.
+        process: the number of this process.
+        max_train_steps: the length of the run, where it is known.
+    """
+
+    def __init__(
+        self,
+        config: FreqLossConfig,
+        prediction_type: PredictionType,
+        *,
+        seed: int | None,
+        first_batch: int = 0,
+        process: int = 0,
+        max_train_steps: int | None = None,
+    ) -> None:
+        self.config, self._prediction_type = config, prediction_type
+        self._seed, self._batch, self._process = seed, first_batch, process
+        self._plan = Plan("")
+        self._extra: _Term | None = None
+        self._history = BatchHistory(config) if config.enabled and config.batch_history else None
+        self._balance = GradientBalance(config) if GradientBalance.is_wanted(config) else None
+        self._monitor = TermMonitor()
+        self._fraction = FractionReport(max_train_steps, held=bool(config.gradient_ratio))
+        self._schedules: dict[torch.device, Tensor] = {}
+        self.validation = ValidationBands(config) if config.validation else None
+
+    def plan(
+        self, count: int, draw: Callable[[int], Tensor] | None = None, own: SampleDistributions | None = None
+    ) -> Plan:
+        """Decide on the timesteps of the next batch.
+
+        Args:
+            count: samples in the batch.
+            draw: as in `shared_timesteps`; needed by the mode ``shared`` alone.
+            own: where the samples draw their timesteps from different distributions; see `coupled_timesteps`.
+        """
+        name = stream_name(self._seed, self._batch)
+        self._batch += 1
+        if not self.config.enabled:
+            self._plan = Plan(name)
+        elif self.config.timesteps == "unified":
+            self._plan = Plan(name, extra=unified_timestep(self.config, name))
+        elif self.config.timesteps == "shared":
+            assert draw is not None
+            self._plan = self._share_timestep(f"{name}:shared", count, draw, own)
+        else:
+            self._plan = Plan(name, has_term=True)
+        return self._plan
+
+    def extra_pass(self, passed: Pass, backward: Callable[[Tensor], None]) -> None:
+        """Take the extra pass of ``unified``, and propagate its term at once, so that one graph is alive at a time."""
+        reference = functools.partial(mse_gradient, passed.prediction, passed.target)
+        term = self._weighed(passed, reference, same_pass=False)
+        if term.loss.total.requires_grad:
+            backward(term.loss.total)
+        passed = passed._replace(prediction=passed.prediction.detach(), target=passed.target.detach())
+        self._extra = _Term(FrequencyLoss(*(number.detach() for number in term.loss)), passed, term.logs)
+
+    def join(self, passed: Pass, base_loss: Tensor) -> Tensor:
+        """The base loss plus the term: of this pass, or, where there was an extra pass, the value of that one's.
+
+        Raises:
+            ValueError: gradients are to be compared, and the base loss was not computed from ``passed.prediction``.
+        """
+        term, self._extra = self._extra, None
+        if term is not None:
+            if self._balance is not None and self._balance.ratio is not None:
+                self._balance.observe_base(base_gradient(base_loss, passed.prediction))
+        elif self._plan.has_term:
+            reference = functools.partial(base_gradient, base_loss, passed.prediction)
+            term = self._weighed(self._of_sharing_samples(passed), reference, same_pass=True)
+        else:
+            zero = torch.zeros((), device=base_loss.device)
+            term = _Term(FrequencyLoss(zero, zero, zero), passed)
+        self._monitor.add(base_loss, term.loss, term.passed, term.logs)
+        return base_loss + term.loss.total.to(base_loss.dtype)
+
+    def settle(self, step: int) -> StepMetrics | None:
+        """The mean numbers of the batches since the last call, before the optimizer runs; None where there were none.
+
+        Args:
+            step: the number of the current step, counted from 1.
+
+        Raises:
+            NonFiniteLossError: the term of one of the batches is NaN or infinite.
+        """
+        batches = self._monitor.settle(step)
+        if not batches:
+            return None
+        metrics = StepMetrics.mean(batches)
+        return metrics._replace(message=self._fraction.add_step(step, metrics.fraction))
+
+    @torch.no_grad()
+    def evaluate(self, passed: Pass) -> FrequencyLoss:
+        """The term of a pass by itself: without the batch history, other processes, or a gradient."""
+        return self._loss(passed, passed.prediction)
+
+    def validate(self, passed: Pass, clean: Tensor) -> None:
+        """Take a validation pass of the clean latents ``clean`` into `validation`."""
+        assert self.validation is not None
+        schedule = self._schedule(passed)
+        scale = residual_scale(self._prediction_type, passed.timesteps, schedule)
+        self.validation.add(clean, passed.prediction - passed.target, scale, passed.timesteps)
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether anything is carried from batch to batch, which a resumed run needs."""
+        return bool(self._kept())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The batch history and the averages of the gradient ratio, on the CPU, by name."""
+        return {
+            f"{part}.{key}": value for part, kept in self._kept().items() for key, value in kept.state_dict().items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> list[str]:
+        """Continue with what `state_dict` returned; the names of the parts that it lacks and that begin anew."""
+        missing = []
+        for part, kept in self._kept().items():
+            own = {key.partition(".")[2]: value for key, value in state.items() if key.partition(".")[0] == part}
+            if own:
+                kept.load_state_dict(own)
+            else:
+                missing.append(part)
+        return missing
+
+    def _kept(self) -> dict[str, BatchHistory | GradientRatio]:
+        ratio = self._balance.ratio if self._balance is not None else None
+        parts = {"batch_history": self._history, "gradient_ratio": ratio}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def _share_timestep(
+        self, name: str, count: int, draw: Callable[[int], Tensor], own: SampleDistributions | None
+    ) -> Plan:
+        if own is None:
+            timesteps, shared = shared_timesteps(draw, count, self.config, name, self._process)
+            return Plan(name, timesteps=timesteps, shared=shared, has_term=shared is not None)
+        timesteps, shared, sharing = coupled_timesteps(draw, own, self.config, name, self._process)
+        return Plan(name, timesteps=timesteps, shared=shared, sharing=sharing, has_term=shared is not None)
+
+    def _of_sharing_samples(self, passed: Pass) -> Pass:
+        """The pass at the timestep that its batch shares; samples that do not take it weigh 0."""
+        if self._plan.shared is None:
+            return passed
+        weights, sharing = passed.sample_weights, self._plan.sharing
+        if sharing is not None:
+            sharing = sharing.to(passed.prediction.device, torch.float32, non_blocking=True)
+            weights = sharing if weights is None else weights * sharing
+        return passed._replace(timesteps=self._plan.shared, sample_weights=weights)
+
+    def _weighed(self, passed: Pass, reference: Callable[[], Tensor], *, same_pass: bool) -> _Term:
+        """The term of a pass, weighed against the gradient ``reference`` where the options ask for that."""
+
+        def loss_of(prediction: Tensor) -> FrequencyLoss:
+            return self._loss(passed, prediction, functools.partial(self._combine, samples=len(prediction)))
+
+        if self._balance is None:
+            return _Term(loss_of(passed.prediction), passed)
+        detached = detached_term(passed.prediction, loss_of)
+        loss, logs = self._balance.weigh(passed.prediction, detached, reference(), same_pass=same_pass)
+        return _Term(loss, passed, logs)
+
+    def _loss(
+        self, passed: Pass, prediction: Tensor, combine: Callable[[Tensor], Tensor] | None = None
+    ) -> FrequencyLoss:
+        self.config.check_size(*prediction.shape[-2:])
+        return frequency_matching_loss(
+            prediction,
+            passed.target,
+            prediction_type=self._prediction_type,
+            timesteps=passed.timesteps,
+            alphas_cumprod=self._schedule(passed),
+            sample_weights=passed.sample_weights,
+            mask=passed.mask,
+            config=self.config,
+            combine=combine,
+        )
+
+    def _combine(self, difference: Tensor, samples: int) -> Tensor:
+        """D of this process and batch, joined with that of the other processes and of the batches before it."""
+        if self.config.scope == "global" and there_are_several():
+            difference = sum_over_processes(difference, samples, mean=self.config.reduction == "mean")
+        return difference if self._history is None else self._history.join(difference)
+
+    def _schedule(self, passed: Pass) -> Tensor | None:
+        """alpha_bar where the timesteps are, so that looking it up moves nothing between devices in a step."""
+        if passed.alphas_cumprod is None:
+            return None
+        timesteps = passed.timesteps
+        device = timesteps.device if isinstance(timesteps, Tensor) else torch.device("cpu")
+        if device not in self._schedules:
+            self._schedules[device] = passed.alphas_cumprod.detach().to(device=device, dtype=torch.float32)
+        return self._schedules[device]

@@ -1,0 +1,164 @@
+"""One training step of the engine: its losses are the formula, its gradients those of the sum."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from engine_runs import OFF, ON, load_lora
+
+from freq_loss_plugin.engine import dataset, model, run, trainer
+
+# Warnings of diffusers, transformers and accelerate are not ours.
+pytestmark = pytest.mark.filterwarnings("default")
+
+
+@pytest.mark.parametrize(
+    ("loss", "changes"),
+    [
+        (ON, {}),
+        (dataclasses.replace(ON, timesteps="own", method="fft", min_timestep=0, max_timestep=1000), {}),
+        (dataclasses.replace(ON, reduction="mean"), {"gradient_accumulation_steps": 2, "min_snr_gamma": 1.0}),
+        (dataclasses.replace(ON, timesteps="shared"), {"max_train_steps": 8}),
+        (OFF, {}),
+    ],
+    ids=["unified", "own", "accumulation and min-SNR", "shared", "off"],
+)
+def test_the_losses_are_the_formula(make_settings, monkeypatch, loss, changes):
+    """Base, low and high are recomputed in float64 from the predictions and targets of a run."""
+    passes = []
+    predict = model.Model.predict
+
+    def recording(self, latents, timesteps, *others):
+        results = predict(self, latents, timesteps, *others)
+        passes.append((timesteps.clone(), *(tensor.detach().double().numpy() for tensor in results)))
+        return results
+
+    monkeypatch.setattr(model.Model, "predict", recording)
+    run_settings = make_settings(**changes)
+    outcome = run.train(run_settings, loss)
+    alphas = outcome.model.scheduler.alphas_cumprod.double().numpy()
+    bands = oracle.fft_bands if loss.method == "fft" else oracle.wavelet_bands
+    unified = loss.enabled and loss.timesteps == "unified"
+    expected = []
+    for index in range(0, len(passes), 2 if unified else 1):
+        timesteps, prediction, target = passes[index + 1 if unified else index]  # the extra pass comes first
+        alpha_bar = alphas[timesteps.numpy()]
+        snr = alpha_bar / (1 - alpha_bar)
+        weights = np.minimum(run_settings.min_snr_gamma / snr, 1) if run_settings.min_snr_gamma else np.ones(len(snr))
+        base = (((prediction - target) ** 2).mean(axis=(1, 2, 3)) * weights).mean()
+        if unified:
+            timesteps, prediction, target = passes[index]
+            assert len(set(timesteps.tolist())) == 1
+            assert 200 <= timesteps[0] < 600
+        has_term = loss.enabled
+        if loss.timesteps == "shared":
+            inside = (timesteps >= 200) & (timesteps < 600)
+            assert len(set(timesteps.tolist())) == 1 if inside.all() else not inside.any()
+            has_term = bool(inside.all())
+        weight = 1 / len(timesteps) if loss.reduction == "mean" else 1.0
+        low, high = oracle.loss(
+            prediction,
+            target,
+            np.zeros_like(prediction),
+            prediction_type="epsilon",
+            timesteps=timesteps.numpy(),
+            alphas_cumprod=alphas,
+            weights=np.full(len(timesteps), weight),
+            bands=bands,
+        )
+        expected.append((base, low * has_term, high * has_term))
+    per_step = run_settings.gradient_accumulation_steps
+    for step, numbers in enumerate(outcome.history):
+        base, low, high = np.mean(expected[step * per_step : (step + 1) * per_step], axis=0)
+        assert (numbers.base, numbers.low, numbers.high) == pytest.approx((base, low, high), rel=1e-4, abs=1e-9)
+        total = loss.dist_match * (0.7 * low + 0.3 * high)
+        assert numbers.total == pytest.approx(total, rel=1e-4, abs=1e-9)
+    if loss.timesteps == "shared":
+        assert {numbers.total > 0 for numbers in outcome.history} == {True, False}
+
+
+@pytest.mark.parametrize("timesteps", ["own", "unified"])
+def test_the_gradient_norm_ratio_and_the_cosine(make_settings, monkeypatch, timesteps):
+    """The weight of the first step, recomputed from the recorded predictions."""
+    from freq_loss_plugin import frequency_matching_loss
+
+    passes, predict = [], model.Model.predict
+
+    def recording(self, latents, at, *others):
+        results = predict(self, latents, at, *others)
+        passes.append((at.clone(), *(tensor.detach() for tensor in results)))
+        return results
+
+    monkeypatch.setattr(model.Model, "predict", recording)
+    loss = dataclasses.replace(
+        ON, timesteps=timesteps, min_timestep=0, max_timestep=1000, gradient_ratio=0.2, grad_cosine=True
+    )
+    outcome = run.train(make_settings(max_train_steps=1), loss)
+    # In the first batch, the MSE of the extra pass stands in for the base loss, whose pass comes after it.
+    at, prediction, target = passes[0]
+    residual = (prediction - target).float()
+    base = 2 * residual / residual.numel()
+    prediction.requires_grad_()
+    term = frequency_matching_loss(
+        prediction,
+        target,
+        prediction_type="epsilon",
+        timesteps=at,
+        alphas_cumprod=outcome.model.scheduler.alphas_cumprod,
+        config=dataclasses.replace(loss, dist_match=1.0, timesteps="unified"),
+    )
+    (gradient,) = torch.autograd.grad(term.total, prediction)
+    cosine = torch.nn.functional.cosine_similarity(gradient.flatten(), base.flatten(), dim=0)
+    (numbers,) = outcome.history
+    assert numbers.others["weight"] == pytest.approx((0.2 * base.norm() / gradient.norm()).item(), rel=1e-3)
+    assert numbers.others["grad_cosine"] == pytest.approx(cosine.item(), rel=1e-3)
+    assert numbers.total == pytest.approx(numbers.others["weight"] * (0.7 * numbers.low + 0.3 * numbers.high), rel=1e-4)
+
+
+def test_the_loss_changes_the_weights_but_not_the_base_pass(make_settings):
+    plain = run.train(make_settings(output_name="plain", max_train_steps=1), OFF)
+    ours = run.train(make_settings(output_name="ours", max_train_steps=1), ON)
+    assert plain.history[0].base == ours.history[0].base  # same weights, noise_images, noise and timesteps
+    a, b = load_lora(plain.lora), load_lora(ours.lora)
+    assert any(not torch.equal(a[name], b[name]) for name in a)
+
+
+def test_gradients_of_two_backward_passes_are_those_of_the_sum(make_settings):
+    """The extra pass is propagated by itself, so that only one graph is alive at a time."""
+    run_settings = make_settings(network_train_unet_only=True)
+    accelerator = run.make_accelerator(run_settings)
+    data = dataset.find(run_settings)
+
+    def gradients(summed):
+        one_run = trainer.Trainer(run_settings, ON, data, model.load(run_settings, accelerator.device), accelerator)
+        one_run.encode()
+        losses = []
+        backward = one_run.backward
+        one_run.backward = losses.append if summed else backward
+        one_run.add_gradient(0)
+        if summed:
+            backward(sum(losses))
+        return [parameter.grad.clone() for parameter in one_run.parameters if parameter.grad is not None]
+
+    for separate, of_sum in zip(gradients(False), gradients(True), strict=True):
+        torch.testing.assert_close(separate, of_sum, rtol=1e-4, atol=1e-7)
+
+
+def test_bf16_gradient_checkpointing_and_logs(make_settings, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run_settings = make_settings(
+        mixed_precision="bf16", gradient_checkpointing=True, logging_dir=str(tmp_path / "logs"), save_precision="bf16"
+    )
+    outcome = run.train(run_settings, ON)
+    assert {tensor.dtype for tensor in load_lora(outcome.lora).values()} == {torch.bfloat16}
+    accumulator = EventAccumulator(str(tmp_path / "logs" / "lora"))
+    accumulator.Reload()
+    for name, values in (("loss/freq_low", "low"), ("loss/freq_fraction", "fraction")):
+        logged = [event.value for event in accumulator.Scalars(name)]
+        assert logged == pytest.approx([getattr(numbers, values) for numbers in outcome.history], rel=1e-5)
