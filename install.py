@@ -42,7 +42,8 @@ TOML_LINES = """\
     network_module = "kohya_patch"      # was "networks.lora"
 
     [freq_loss]
-    dist_match = 0.003
+    freq_loss_timesteps = "shared"      # no extra forward pass
+    freq_loss_gradient_ratio = 0.1      # the term's gradient is a tenth of the base loss's
 """
 
 

@@ -3,8 +3,8 @@
 sd-scripts imports its network module by name and calls the two functions below. They make the network that the trainer
 would have made anyway and hang the loss on the running trainer (`kohya_patch.hook`); no file of sd-scripts changes.
 
-This module is also imported at the start of every Python process of the environment (`kohya_patch.startup`), so it
-imports nothing itself.
+This module is also imported at the start of every process that runs a training script (`kohya_patch.startup`), before
+anything else, so it imports nothing itself.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ class BatchReader:
         return host.masked_loss(self._trainer)
 
     def _alphas_cumprod(self, noise_scheduler: Any) -> Tensor | None:
-        if self._family.prediction != "scheduler":
+        if self._family.kind != "scheduler":
             return None
         alphas_cumprod: Tensor | None = getattr(noise_scheduler, "alphas_cumprod", None)
         if alphas_cumprod is None:

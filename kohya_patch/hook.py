@@ -1,9 +1,10 @@
 """The loss hook: what happens in a training step of sd-scripts once ``network_module = "kohya_patch"`` is set.
 
-`LossHook.install` replaces five methods on the running trainer *object* (its class and sd-scripts' files stay as they
-are). The order of calls in one step:
+`LossHook.install` replaces methods of the running trainer *object*, those that the options need; its class and
+sd-scripts' files stay as they are. The order of calls in one step:
 
     process_batch                  the trainer's own
+      FrequencyTerm.plan           shared: while the trainer's pass draws its timesteps
       get_noise_pred_and_target    unified only: first at one t for the batch, in a random stream of its own
         FrequencyTerm.extra_pass     propagated at once, so that the graph of one pass is alive at a time
       get_noise_pred_and_target    the trainer's own pass

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 WORKING_VERSIONS = (
-    "Run with the main branch from 2025-03-30 (commit d0b5c0e5) to v0.11.1, and with the dev branch at 37a1cbb; v0.9.1 "
-    "and older have no hook for losses"
+    "Tested with the main branch from 2025-03-30 (commit d0b5c0e5) to v0.11.1, and with the dev branch at 37a1cbb; "
+    "v0.9.1 and older have no hook for losses"
 )
 
 # The first thing that every trainer's ``train`` calls, with the training arguments; defined in one of sd-scripts'
@@ -28,7 +28,7 @@ LIBRARY = "library"
 # Local variables of ``train``.
 DATASET_GROUPS = ("train_dataset_group", "val_dataset_group")
 
-# Methods that the hook replaces on the running trainer, with the parameters that it reads.
+# Methods that the hook replaces on the running trainer, or relies on, with the parameters that it reads.
 METHODS: Mapping[str, tuple[str, ...]] = {
     "process_batch": ("batch", "noise_scheduler", "accelerator", "args", "is_train"),
     "get_noise_pred_and_target": ("args", "latents", "text_encoder_conds", "is_train"),
@@ -65,7 +65,7 @@ MASKED_LOSS = "apply_masked_loss"  # of (loss, batch)
 OFFSET = "timestep_sampling_offset"
 OFFSET_SAMPLINGS = ("sigmoid", "shift", "flux_shift")
 
-Prediction = Literal["scheduler", "flow", "sample"]
+TrainerKind = Literal["scheduler", "flow", "sample"]
 
 
 class Drawing(NamedTuple):
@@ -84,7 +84,7 @@ class Drawing(NamedTuple):
 
 _NOISY = ("get_noisy_model_input_and_timesteps",)
 _NOISY_PARAMETERS = ("args", "noise_scheduler", "latents", "noise", "device", "dtype", OFFSET)
-DRAWING: Mapping[Prediction, Drawing] = {
+DRAWING: Mapping[TrainerKind, Drawing] = {
     "scheduler": Drawing(
         ("get_noise_noisy_latents_and_timesteps", "get_timesteps"),
         ("min_timestep", "max_timestep", "b_size", "device"),
@@ -183,18 +183,18 @@ def check_methods(trainer: type, needed: Mapping[str, tuple[str, ...]] = METHODS
         _check_names(trainer, f"parameters of {trainer.__name__}.{name}", parameters, list(found))
 
 
-def drawing_function(trainer: type, prediction: Prediction) -> CalledFunction:
+def drawing_function(trainer: type, kind: TrainerKind) -> CalledFunction:
     """The function by which a trainer draws its timesteps.
 
     Args:
         trainer: the trainer class.
-        prediction: what its kind of model predicts, a key of `DRAWING`.
+        kind: what its kind of model predicts, a key of `DRAWING`.
 
     Raises:
         UnsupportedTrainerError: there is none, it has a parameter that cannot be supplied, or no training argument can
             make it use one timestep.
     """
-    expected = DRAWING[prediction]
+    expected = DRAWING[kind]
     chain = ("get_noise_pred_and_target", *expected.calls)
     calls = list(filter(None, (find_call(trainer, *chain[: count + 1]) for count in range(1, len(chain)))))
     if len(calls) < len(expected.calls):
@@ -241,12 +241,12 @@ def check_datasets(trainer: type) -> None:
     _check_names(trainer, f"parameters of {IMAGE}", IMAGE_PARAMETERS, parameters)
 
 
-def check_everything(trainer: type, prediction: Prediction, *, guidance: bool) -> None:
+def check_everything(trainer: type, kind: TrainerKind, *, guidance: bool) -> None:
     """Check all that any option could need of a trainer class.
 
     Args:
         trainer: the trainer class.
-        prediction: what its kind of model predicts.
+        kind: what its kind of model predicts.
         guidance: whether guidance_token is defined for it.
 
     Raises:
@@ -254,7 +254,7 @@ def check_everything(trainer: type, prediction: Prediction, *, guidance: bool) -
     """
     check_methods(trainer)
     check_methods(trainer, VALIDATION_METHODS)
-    drawing_function(trainer, prediction)
+    drawing_function(trainer, kind)
     masked_loss(trainer)
     if guidance:
         check_methods(trainer, GUIDANCE_METHODS)

@@ -54,7 +54,7 @@ def check_script(script: str) -> str | None:
         return f"has no trainer that this plug-in knows; it knows {', '.join(FAMILIES)}"
     family = FAMILIES[trainer.__name__]
     try:
-        host.check_everything(trainer, family.prediction, guidance=family.guidance)
+        host.check_everything(trainer, family.kind, guidance=family.guidance)
     except host.UnsupportedTrainerError as error:
         return str(error)
     return None

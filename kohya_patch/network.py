@@ -16,6 +16,7 @@ import toml
 
 from freq_loss_plugin import ConfigError, FreqLossConfig
 from freq_loss_plugin.options.config import SECTION, check_section, parse_strings
+from freq_loss_plugin.options.parsing import parse_pairs
 
 from . import guidance, host, report
 from .hook import LossHook
@@ -96,7 +97,7 @@ def check(run: TrainingRun) -> FreqLossConfig:
 
 def _check_host(config: FreqLossConfig, args: argparse.Namespace, trainer: type, family: Family) -> None:
     if config.timesteps != "own":
-        host.drawing_function(trainer, family.prediction)
+        host.drawing_function(trainer, family.kind)
     if getattr(args, "masked_loss", False) or getattr(args, "alpha_mask", False):
         host.masked_loss(trainer)
     if config.validation:
@@ -110,8 +111,8 @@ def read_config(args: argparse.Namespace) -> FreqLossConfig:
     lost among its own; the section is therefore looked at once more in the file.
     """
     check_section(_toml_section(args))
-    values = dict(vars(args))
-    values.update(parse_strings(_own_options(_network_args(args))))
+    own = [item for item in getattr(args, "network_args", None) or [] if FreqLossConfig.claims(item.partition("=")[0])]
+    values = {**vars(args), **parse_strings(parse_pairs(own))}
     return FreqLossConfig.from_mapping(values)
 
 
@@ -125,16 +126,6 @@ def _toml_section(args: argparse.Namespace) -> Mapping[str, Any]:
         return {}
     section = toml.load(path).get(SECTION, {})
     return section if isinstance(section, Mapping) else {}
-
-
-def _network_args(args: argparse.Namespace) -> dict[str, str]:
-    pairs = (item.partition("=") for item in getattr(args, "network_args", None) or [])
-    return {key: value for key, _, value in pairs}
-
-
-def _own_options(network_args: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries that are, or try to be, options of the frequency loss; the rest belongs to the wrapped module."""
-    return {key: value for key, value in network_args.items() if FreqLossConfig.claims(key)}
 
 
 def _for_the_wrapped_module(network_args: Mapping[str, Any]) -> dict[str, Any]:
@@ -176,27 +167,27 @@ def _check_wrapped_name(name: str, family: Family) -> None:
 def _check_against_trainer(config: FreqLossConfig, args: argparse.Namespace, family: Family) -> None:
     if getattr(args, "deepspeed", False) or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         raise ConfigError(
-            "deepspeed = true: the frequency loss has not been tried with DeepSpeed, which has rules of its own for "
-            "backward passes; train without it (several processes work), or set dist_match = 0"
+            "deepspeed = true: DeepSpeed restricts how backward() may be called, and the frequency loss is untested "
+            "with it; train without it (several processes work), or set dist_match = 0"
         )
     zero_terminal_snr = bool(getattr(args, "zero_terminal_snr", False))
     config.check_model(family.prediction_type(args), zero_terminal_snr=zero_terminal_snr)
     shape = getattr(args, "model_prediction_type", "raw")
-    if family.prediction == "flow" and shape != "raw" and config.validation:
+    if family.kind == "flow" and shape != "raw" and config.validation:
         raise ConfigError(
             f"freq_loss_validation = true with model_prediction_type = {shape!r}: the difference of a reshaped "
-            "prediction and a bare velocity is no error of a latent; set model_prediction_type = 'raw', or remove it"
+            "prediction and a bare velocity is not a latent-space error; set model_prediction_type = 'raw'"
         )
-    if config.timesteps != "unified" and family.prediction == "flow" and shape != "raw":
+    if config.timesteps != "unified" and family.kind == "flow" and shape != "raw":
         raise ConfigError(
             f"freq_loss_timesteps = {config.timesteps!r} with model_prediction_type = {shape!r}: sd-scripts then "
-            "compares a reshaped prediction with a bare velocity, whose difference is no error of a latent; set "
+            "compares a reshaped prediction with a bare velocity, whose difference is not a latent-space error; set "
             "model_prediction_type = 'raw' (what sd-scripts' guides recommend), or freq_loss_timesteps = 'unified'"
         )
     if config.timesteps == "unified" and getattr(args, "blocks_to_swap", None):
         raise ConfigError(
             f"freq_loss_timesteps = 'unified' with blocks_to_swap = {args.blocks_to_swap}: blocks are swapped for one "
-            "forward and one backward pass per step, and nobody has tried two; set freq_loss_timesteps = 'shared', or "
+            "forward and one backward pass per step, and two are untested; set freq_loss_timesteps = 'shared', or "
             "remove blocks_to_swap"
         )
     resolution = _smallest_side(getattr(args, "resolution", None))

@@ -39,8 +39,8 @@ class TimestepPasses:
         self._timesteps_were_checked = False
         self._choice: TimestepChoice | None = None
         if config.enabled and config.timesteps == "shared":
-            prediction = run.family.prediction
-            self._choice = TimestepChoice(prediction, host.drawing_function(self._trainer, prediction))
+            kind = run.family.kind
+            self._choice = TimestepChoice(kind, host.drawing_function(self._trainer, kind))
 
     def extra(
         self, forward: Callable[..., Any], call: inspect.BoundArguments, accelerator: Accelerator, plan: Plan
@@ -84,8 +84,8 @@ class TimestepPasses:
         assert self._choice is not None
         chosen: list[Tensor] = []
 
-        def choose(draw: Callable[[int], Tensor], count: int, own: SampleDistributions | None) -> Tensor:
-            timesteps = make_plan(count, draw, own).timesteps
+        def choose(draw: Callable[[int], Tensor], count: int, per_sample: SampleDistributions | None) -> Tensor:
+            timesteps = make_plan(count, draw, per_sample).timesteps
             assert timesteps is not None
             chosen.append(timesteps)
             return timesteps

@@ -14,7 +14,7 @@ Batch: TypeAlias = Mapping[str, Any]
 
 
 class Trainer(Protocol):
-    """A NetworkTrainer; the methods that are replaced are in `kohya_patch.host.METHODS`."""
+    """A NetworkTrainer; the methods that are replaced or relied on are in `kohya_patch.host.METHODS`."""
 
     _freq_loss_hook: Any  # kohya_patch's own, while it is installed
 

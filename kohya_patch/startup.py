@@ -52,7 +52,7 @@ def _check_before(first_call: Any) -> Any:
     @functools.wraps(first_call)
     def checked(args: Any, *rest: Any, **named: Any) -> Any:
         if getattr(args, "network_module", None) == __package__:
-            # Not before: Python reads this module whenever it starts.
+            # Not before: this module is imported when Python starts.
             from freq_loss_plugin import ConfigError  # noqa: PLC0415
 
             from . import network  # noqa: PLC0415

@@ -48,12 +48,12 @@ class StateFile:
             report.log(Message(f"freq_loss_{part} begins anew: {file} does not have it for this process", True))
 
     def save_with(self, accelerator: Accelerator) -> None:
-        """Be saved whenever ``accelerator`` saves a state; to be called before it does."""
+        """Save the term's state with every state of ``accelerator``; to be called before the first."""
         if self._hook is None and self._term.keeps_state:
             self._hook = accelerator.register_save_state_pre_hook(self._save)
 
     def remove(self) -> None:
-        """Be saved no more."""
+        """Stop doing so."""
         if self._hook is not None:
             self._hook.remove()
 

@@ -21,7 +21,7 @@ from freq_loss_plugin.loss.latents import NUM_TRAIN_TIMESTEPS
 from freq_loss_plugin.training.random_streams import separate_random_stream
 from freq_loss_plugin.training.timesteps import SampleDistributions
 
-from .host import OFFSET, OFFSET_SAMPLINGS, CalledFunction, Prediction
+from .host import OFFSET, OFFSET_SAMPLINGS, CalledFunction, TrainerKind
 
 _CPU = torch.device("cpu")
 
@@ -58,12 +58,12 @@ class TimestepChoice:
     once more for its result, so that what is drawn after it stays the same.
 
     Args:
-        prediction: what the trainer's model predicts.
+        kind: how the trainer's model predicts.
         drawing: the trainer's function, see `host.drawing_function`.
     """
 
-    def __init__(self, prediction: Prediction, drawing: CalledFunction) -> None:
-        self._prediction, self._drawing = prediction, drawing
+    def __init__(self, kind: TrainerKind, drawing: CalledFunction) -> None:
+        self._kind, self._drawing = kind, drawing
         self._signature = inspect.signature(drawing.function)
         self.name = drawing.name
 
@@ -74,9 +74,9 @@ class TimestepChoice:
 
         def draw_chosen(*arguments: Any, **named: Any) -> Any:
             given = self._signature.bind(*arguments, **named).arguments
-            if self._prediction == "scheduler":
+            if self._kind == "scheduler":
                 return _choose_from_schedule(original, given, choose)
-            return _choose_noise_levels(self._prediction, original, given, choose)
+            return _choose_noise_levels(self._kind, original, given, choose)
 
         with self._drawing.replaced_by(draw_chosen):
             yield
@@ -89,7 +89,7 @@ def _choose_from_schedule(original: Callable[..., Tensor], given: dict[str, Any]
 
 
 def _choose_noise_levels(
-    prediction: Prediction, original: Callable[..., Any], given: dict[str, Any], choose: Choose
+    kind: TrainerKind, original: Callable[..., Any], given: dict[str, Any], choose: Choose
 ) -> tuple[Tensor, ...]:
     """SD3 and the flow trainers calculate with their arguments, which may be tensors (see `at_one_timestep`)."""
     args, latents = given["args"], given["latents"]
@@ -101,10 +101,10 @@ def _choose_noise_levels(
         timesteps: Tensor = original(**{**given, **small, **changes})[1]
         return timesteps
 
-    own = None if offsets is None else _with_offsets(draw, args, offsets.double().cpu())
-    timesteps = choose(draw, len(latents), own)
+    per_sample = None if offsets is None else _with_offsets(draw, args, offsets.double().cpu())
+    timesteps = choose(draw, len(latents), per_sample)
     fixed = copy.copy(args)
-    if prediction == "sample":
+    if kind == "sample":
         fixed.min_timestep = fixed.max_timestep = timesteps.long()
     else:
         sigma = (timesteps.float() / NUM_TRAIN_TIMESTEPS).clamp(max=1 - 1e-6)

@@ -16,7 +16,7 @@ from typing import Any, TypeGuard
 
 from freq_loss_plugin.loss.latents import NUM_TRAIN_TIMESTEPS, PredictionType
 
-from .host import DATASET_GROUPS, Prediction
+from .host import DATASET_GROUPS, TrainerKind
 from .protocols import Trainer
 
 
@@ -25,9 +25,9 @@ class Family:
     """What one trainer class trains.
 
     Attributes:
-        name: for people.
+        name: human-readable.
         network_module: the LoRA module of sd-scripts that belongs to it.
-        prediction: ``"scheduler"``: epsilon or v_prediction over a DDPM schedule; ``"flow"``: velocity; ``"sample"``:
+        kind: ``"scheduler"``: epsilon or v_prediction over a DDPM schedule; ``"flow"``: velocity; ``"sample"``:
             the trainer itself turns the prediction into a clean latent.
         timestep_scale: what multiplies the timesteps it returns to reach 0..1000.
         guidance: whether the guidance token is defined for it: one CLIP text encoder, whose last token is replaced.
@@ -35,15 +35,15 @@ class Family:
 
     name: str
     network_module: str
-    prediction: Prediction
+    kind: TrainerKind
     timestep_scale: float = 1.0
     guidance: bool = False
 
     def prediction_type(self, args: argparse.Namespace) -> PredictionType:
         """What ``get_noise_pred_and_target`` of this trainer returns."""
-        if self.prediction == "scheduler":
+        if self.kind == "scheduler":
             return "v_prediction" if getattr(args, "v_parameterization", False) else "epsilon"
-        return self.prediction
+        return self.kind
 
 
 # Keyed by class name, because SD1/2 is trained by a class of `__main__`.

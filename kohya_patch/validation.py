@@ -5,14 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from freq_loss_plugin import FreqLossConfig
-from freq_loss_plugin.analysis.figures import spectrum_plot
 from freq_loss_plugin.training.messages import Message
-from freq_loss_plugin.training.validation import ValidationBands, ValidationResult
+from freq_loss_plugin.training.validation import PREFIX, ValidationBands, ValidationResult
 
 from . import report
 from .protocols import Accelerator
-
-PREFIX = "loss/validation/freq_"
 
 
 class ValidationReport:
@@ -46,13 +43,13 @@ class ValidationReport:
             )
             return logs
         self._draw(accelerator, result, step)
-        return {**logs, **{f"{PREFIX}{name}": value for name, value in result.numbers.items()}}
+        return {**logs, **result.logs()}
 
     def _draw(self, accelerator: Accelerator, result: ValidationResult, step: int) -> None:
         if not any(tracker.name == "tensorboard" for tracker in accelerator.trackers):
             return
         try:
-            plot = spectrum_plot(result.spectra, "A: predicted clean latents, B: clean latents")
+            plot = result.plot()
         except ImportError as error:
             self._warn_once(f"freq_loss_validation: numbers without the image of the spectra; {error}")
             return

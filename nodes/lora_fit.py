@@ -44,7 +44,7 @@ _FAMILIES = {
 
 _GUIDANCE_TOKEN_WARNING = (
     "trained with a guidance token: it expects an image's CLIP features in place of the last text token; put the node "
-    "Guidance Token behind the positive prompt"
+    "Guidance Token after the positive prompt"
 )
 
 

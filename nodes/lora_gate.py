@@ -47,10 +47,10 @@ class LoraBandGate(LoraFileNode):
                 widget(io.Float, "high_strength", default=0.0, tooltip="Strength in the high band: texture.",
                        **strength),
                 widget(io.Float, "start_percent", default=0.0, min=0.0, max=1.0, step=0.001,
-                       tooltip="The point of the sampling at which the LoRA begins to act; before that the model runs "
+                       tooltip="The point of sampling at which the LoRA begins to act; before that the model runs "
                        "without it."),
                 widget(io.Float, "end_percent", default=1.0, min=0.0, max=1.0, step=0.001,
-                       tooltip="The point of the sampling at which the LoRA stops acting."),
+                       tooltip="The point of sampling at which the LoRA stops acting."),
                 *band_inputs(advanced=True),
             ],
             outputs=[io.Model.Output("model_out", display_name="model", tooltip="The model with the gated LoRA.")],
@@ -186,7 +186,7 @@ class BandGate:
 
 
 def _sigma_range(model: Any, start_percent: float, end_percent: float) -> tuple[float, float]:
-    """The noise levels (start, end) of two points of the sampling; infinite at its ends."""
+    """The noise levels (start, end) of two points of sampling; infinite at its ends."""
     sampling = model.get_model_object("model_sampling")
     start = math.inf if start_percent <= 0 else sampling.percent_to_sigma(start_percent)
     end = -math.inf if end_percent >= 1 else sampling.percent_to_sigma(end_percent)

@@ -26,7 +26,7 @@ class Host:
     """A program that the plug-in is part of.
 
     Attributes:
-        name: for people.
+        name: human-readable.
         variable: the environment variable that names its checkouts.
         file: what every checkout of it has.
         packages: what its tests import, as far as pip may not have installed it.

@@ -50,7 +50,7 @@ class Run:
 
     @property
     def title(self) -> str:
-        """What is tested, for people."""
+        """What is tested, human-readable."""
         parts = [SD_SCRIPTS.title(self.sd_scripts)] if self.sd_scripts else []
         if self.comfyui:
             parts.append(COMFYUI.title(self.comfyui))

@@ -38,7 +38,7 @@ def fft_bands(array, cutoff=0.25):
 
 
 def clean_latent(output, noisy, alpha_bar, sigma, prediction_type):
-    """x0_hat by way of eps where the seed goes by way of eps."""
+    """x0_hat; v-prediction is turned into epsilon first, where the package solves for x0 directly."""
     if prediction_type == "sample":
         return output
     if prediction_type == "flow":

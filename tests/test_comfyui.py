@@ -210,7 +210,7 @@ def test_a_guidance_token_reaches_the_sampler(comfyui_server, trained, sample):
     assert (guided - expected).abs().max() > 0.05
     assert shown["token"]["text"] == ["mean of the training images by clip@1, 64 wide"]
     assert text.startswith("WARNING: trained with a guidance token: ")
-    assert "put the node Guidance Token behind the positive prompt" in text
+    assert "put the node Guidance Token after the positive prompt" in text
     assert "guidance token: yes, features by clip@1" in text
 
 

@@ -73,8 +73,10 @@ def test_every_example_has_the_recommended_options(example):
 
 
 def test_the_documents_recommend_the_same():
-    for document in ("README.md", "README.zh.md", "docs/options.md"):
-        first = re.search(r"\[freq_loss\]\n(.*?)```", (ROOT / document).read_text(encoding="utf-8"), re.DOTALL)
+    for document in ("README.md", "README.zh.md", "docs/options.md", "install.py"):
+        first = re.search(
+            r"\[freq_loss\]\n(.*?)(?:```|\"{3})", (ROOT / document).read_text(encoding="utf-8"), re.DOTALL
+        )
         assert toml.loads(first.group(1)) == RECOMMENDED, document
 
 
@@ -133,6 +135,15 @@ def test_links_lead_somewhere(document):
         assert (ROOT / path).exists(), target
         if anchor:
             assert anchor in anchors[path], target
+
+
+@pytest.mark.parametrize("document", [file for file in DOCUMENTS if file.name != "CHANGELOG.md"], ids=str)
+def test_named_files_exist(document):
+    """Python files that a document names without a link."""
+    known = {file.name for folder in ("", "*", "*/*") for file in ROOT.glob(f"{folder}/*.py".lstrip("/"))}
+    named = re.findall(r"`(?:[\w./]*/)?(test_\w+\.py|[a-z]\w+\.py)`", (ROOT / document).read_text(encoding="utf-8"))
+    of_the_host = {"train_network.py", "train_leco.py"}
+    assert not {name for name in named if name not in known | of_the_host and "_train_" not in name}
 
 
 def linked_documents(document, text):

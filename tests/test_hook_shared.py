@@ -62,7 +62,7 @@ def drawing_of(stand_in):
         return draw(count)
 
     trainer = type(stand_in.trainer)
-    prediction = FAMILIES[trainer.__name__].prediction
+    prediction = FAMILIES[trainer.__name__].kind
     with TimestepChoice(prediction, host.drawing_function(trainer, prediction)).made_by(choose):
         stand_in.process_batch()
     return draws[0]

@@ -95,7 +95,7 @@ def test_the_block_says_what_a_gradient_ratio_makes_of_dist_match(capsys, caplog
 def test_with_a_gradient_ratio_the_fraction_is_reported_without_advice(caplog):
     pytest.importorskip("accelerate")
     caplog.set_level(logging.INFO, logger="kohya_patch")
-    fractions = FractionReport(3, held=True)
+    fractions = FractionReport(3, ratio_is_fixed=True)
     for step in range(1, 4):
         report.log(fractions.add_step(step, 0.001))
     assert "0.10% of the loss on average" in caplog.text

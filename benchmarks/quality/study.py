@@ -1,6 +1,6 @@
 """Does the loss help? LoRAs on the toy model, in every arm, with several seeds, on both styles that it has not seen.
 
-    pip install "freq-loss-plugin[study]"
+    pip install -e ".[study]"
     pip install wavelet-loss focal-frequency-loss        optional: the arms of these packages
     python benchmarks/quality/study.py [--seeds 5] [--steps 120] [--output output/quality]
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..analysis.figures import spectrum_plot
 from ..training.passes import Pass
 from ..training.random_streams import named_generator
 from ..training.term import FrequencyTerm
+from ..training.validation import PREFIX
 from .dataset import Example
 from .tracking import Tracking
 
@@ -28,7 +28,7 @@ class Evaluation:
     high: float
 
 
-class HeldOut:
+class ValidationSet:
     """Images that are not trained on, and the losses on them.
 
     Args:
@@ -77,7 +77,6 @@ class HeldOut:
         tracking.log({"loss/validation/step_average": base}, step)
         result = term.validation.finish() if term.validation is not None else None
         if result is not None:
-            tracking.log({f"loss/validation/freq_{name}": value for name, value in result.numbers.items()}, step)
-            image = spectrum_plot(result.spectra, "A: predicted clean latents, B: clean latents")
-            tracking.log_image("loss/validation/freq_spectrum", image, step)
+            tracking.log(result.logs(), step)
+            tracking.log_image(f"{PREFIX}spectrum", result.plot(), step)
         return Evaluation(step, low, high)

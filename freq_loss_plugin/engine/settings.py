@@ -1,6 +1,6 @@
 """The keys of a kohya TOML that the engine knows, checked before anything is loaded.
 
-Every key means what it means in sd-scripts. The defaults are those of sd-scripts, unless a comment says otherwise.
+Every key means what it means in sd-scripts. The defaults are those of sd-scripts, unless the demo needs others.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ from ..training.random_streams import named_generator
 from ..training.term import FrequencyTerm
 from .checkpoint import metadata, write_state
 from .dataset import Batches, DataSet, Example
-from .evaluation import Evaluation, HeldOut
+from .evaluation import Evaluation, ValidationSet
 from .interrupt import stop_on_signal
 from .model import Model
 from .settings import Settings
@@ -130,7 +130,7 @@ class Trainer:
         settings = self._settings
         self.encode()
         latents = self._encode(held_out, "encoding validation images")
-        validation = HeldOut(held_out, latents, self._pass_at, self._base_loss)
+        validation = ValidationSet(held_out, latents, self._pass_at, self._base_loss)
         tracking = Tracking(self._accelerator, settings)
         evaluations = []
         start = time.perf_counter()

@@ -100,7 +100,7 @@ class LossSpec:
         low_weight: weight of L_low.
         high_weight: weight of L_high.
         reduction: ``"sum"`` over the batch, or ``"mean"``.
-        sample_weights: ``"min_snr"`` multiplies each sample by its Min-SNR weight.
+        sample_weighting: ``"min_snr"`` multiplies each sample by its Min-SNR weight.
         min_snr_gamma: the cap of the SNR.
         window: (first, end) of the timesteps that count, end exclusive; None for all.
 
@@ -113,7 +113,7 @@ class LossSpec:
     low_weight: float = 0.7
     high_weight: float = 0.3
     reduction: Reduction = "sum"
-    sample_weights: SampleWeighting = "none"
+    sample_weighting: SampleWeighting = "none"
     min_snr_gamma: float = 5.0
     window: tuple[int, int] | None = None
 

@@ -39,7 +39,7 @@ def batch_weights(
         ValueError: min_snr for flow or sample, where it is not defined; a window without timesteps.
     """
     weights: Tensor | float = 1.0
-    if spec.sample_weights == "min_snr":
+    if spec.sample_weighting == "min_snr":
         weights = min_snr_weights(prediction_type, timesteps, alphas_cumprod, spec.min_snr_gamma)
     if spec.window is not None:
         weights = weights * _inside(spec.window, timesteps, sigmas)

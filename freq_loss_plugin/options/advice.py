@@ -36,7 +36,7 @@ def useless_settings(config: FreqLossConfig, batch_size: int | None = None) -> l
             return []
         return [
             f"dist_match = 0 turns the loss off, and with it {', '.join(wanted)}; give dist_match a value above 0 "
-            "(with freq_loss_gradient_ratio it is only where the weight begins), or remove them"
+            "(with freq_loss_gradient_ratio, which one does not matter), or remove them"
         ]
     found = []
     if config.low_weight == config.high_weight == 0:

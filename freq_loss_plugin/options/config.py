@@ -26,7 +26,7 @@ Scope = Literal["global", "local"]
 SECTION = "freq_loss"
 PREFIX = "freq_loss_"
 
-# How alike a foreign key must be to one of ours before it counts as a slip of the finger.
+# How alike a foreign key must be to one of ours before it counts as a typo.
 _TYPO_CUTOFF = 0.84
 
 
@@ -79,11 +79,13 @@ class FreqLossConfig:
         choices=get_args(Scope),
     )
     batch_history: int = _option(0, "earlier batches whose residuals join this one's; 0 is off")
-    history_decay: float = _option(1.0, "by what each of them counts less than the one after it, above 0 and at most 1")
+    history_decay: float = _option(
+        1.0, "factor by which a batch's weight shrinks with each batch that follows, above 0 and at most 1"
+    )
     gradient_ratio: float = _option(
         0.0,
-        "hold the norm of the term's gradient at this ratio to the base loss's, both at the model's output; dist_match "
-        "is then where the weight starts; 0 is off",
+        "target ratio of the norm of the term's gradient to that of the base loss, measured at the model's output; "
+        "dist_match then only turns the term on; 0 is off",
     )
     grad_cosine: bool = _option(False, "log the cosine between the term's and the base loss's gradient")
     validation: bool = _option(
@@ -98,7 +100,7 @@ class FreqLossConfig:
     )
 
     def __post_init__(self) -> None:
-        # As it is written in the first description, the number means no more than "on"; true says so.
+        # As in the published code of the method, any positive number just means "on"; true says so, too.
         if isinstance(self.guidance_token, bool):
             object.__setattr__(self, "guidance_token", float(self.guidance_token))
         check_options(self)
@@ -122,7 +124,7 @@ class FreqLossConfig:
 
     @classmethod
     def fields_by_key(cls) -> dict[str, str]:
-        """TOML key -> field name, in the order of the table in the README."""
+        """TOML key -> field name, in the order of the table in docs/options.md."""
         return {key_of(each): each.name for each in fields(cls)}
 
     @classmethod
@@ -165,7 +167,7 @@ class FreqLossConfig:
             low_weight=self.low_weight,
             high_weight=self.high_weight,
             reduction=self.reduction,
-            sample_weights=self.sample_weights,
+            sample_weighting=self.sample_weights,
             min_snr_gamma=self.min_snr_gamma,
             window=(self.min_timestep, self.max_timestep) if self.timesteps == "own" else None,
         )

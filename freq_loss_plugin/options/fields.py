@@ -23,7 +23,7 @@ def option(
 
     Args:
         default: its value where nothing is given. None allows None and means "not given".
-        meaning: one line for people.
+        meaning: one line of help.
         key: how it is written in a TOML; ``prefix`` and the field's name where left out.
         prefix: see ``key``.
         choices: the only values allowed.
@@ -88,4 +88,4 @@ def expectation(option: Any) -> str:
     if option.metadata["choices"]:
         return "one of " + ", ".join(map(repr, option.metadata["choices"]))
     kinds = {"float": "a number", "int": "a whole number", "bool": "true or false"}
-    return kinds.get(type_name(option), "a text in quotes")
+    return kinds.get(type_name(option), "a quoted string")

@@ -1,4 +1,4 @@
-"""How what people write becomes options: one level of sections, ``key=value`` strings, and slips of the finger."""
+"""How what people write becomes options: one level of sections, ``key=value`` strings, and typos."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .fields import ConfigError, expectation, key_of, type_name
 
 
 def parse_pairs(items: Iterable[str]) -> dict[str, str]:
-    """``["dist_match=0.01", "freq_loss_method=fft"]`` as a dictionary; the one reader of such strings.
+    """``["dist_match=0.01", "freq_loss_method=fft"]`` as a dictionary.
 
     Raises:
         ConfigError: an item without ``=``, or a key given twice.

@@ -11,11 +11,11 @@ with E an exponential moving average over batches (`DECAY`), corrected for its b
 the norm of the term's gradient has the stated ratio to that of the base loss, whatever the timestep, the resolution,
 the batch size, the model and ``dist_match``; from one batch to the next it may be larger or smaller, as the term is.
 Batches without a term, or whose gradient is 0 or not finite, leave the averages alone. The extra pass of ``unified``
-comes before the base pass; in the first batch the gradient that plain MSE would have in the extra pass stands for g_b.
-The gain is within `BOUNDS`. Processes take the mean of their squared norms, so that they agree on the gain.
+comes before the base pass; in the first batch the gradient that plain MSE would have in the extra pass is used in place
+of g_b. The gain is within `BOUNDS`. Processes take the mean of their squared norms, so that they agree on the gain.
 
 **Cosine** (``freq_loss_grad_cosine``). The cosine similarity of g_f and g_b. The extra pass of ``unified`` has a
-prediction of its own, at which there is no base loss; there, too, plain MSE stands for it.
+prediction of its own, at which there is no base loss; there, too, plain MSE is used in its place.
 
 Everything stays on the device.
 """

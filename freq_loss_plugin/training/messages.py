@@ -20,7 +20,7 @@ def describe(config: FreqLossConfig, model: str, network_module: str, *, feature
 
     Args:
         config: the options.
-        model: what is trained, for people: ``SDXL (prediction type epsilon)``.
+        model: what is trained, human-readable: ``SDXL (prediction type epsilon)``.
         network_module: the module that made the network.
         features: those of the guidance token, where it is on.
     """
@@ -58,11 +58,11 @@ class FractionReport:
 
     Args:
         max_train_steps: the length of the run, which may be shorter than `REPORT_STEPS`.
-        held: the ratio of the gradients is held, whatever that makes of the losses; there is nothing to warn of.
+        ratio_is_fixed: the gradient ratio is held, whatever that makes of the losses, so there is nothing to warn of.
     """
 
-    def __init__(self, max_train_steps: int | None, *, held: bool = False) -> None:
-        self._held = held
+    def __init__(self, max_train_steps: int | None, *, ratio_is_fixed: bool = False) -> None:
+        self._ratio_is_fixed = ratio_is_fixed
         self._steps_left = min(REPORT_STEPS, max_train_steps or REPORT_STEPS)
         self._fractions: list[float] = []
 
@@ -76,7 +76,7 @@ class FractionReport:
             return None
         mean = sum(self._fractions) / len(self._fractions)
         text = f"up to step {step} the frequency term was {mean:.2%} of the loss on average"
-        if self._held:
+        if self._ratio_is_fixed:
             return Message(text, False)
         if mean < SMALL_FRACTION:
             factor = _factor_for(0.1, mean)

@@ -95,8 +95,7 @@ class TermMonitor:
     def add(self, base_loss: Tensor, loss: FrequencyLoss, passed: Pass, others: Mapping[str, Tensor]) -> None:
         """Start the numbers of one batch on their way, ``others`` by name; nothing waits."""
         scalars = DeferredScalars(base_loss, loss.low, loss.high, loss.total, *others.values())
-        passed = passed._replace(prediction=passed.prediction.detach(), target=passed.target.detach())
-        self._pending.append(_Pending(scalars, tuple(others), passed))
+        self._pending.append(_Pending(scalars, tuple(others), passed.detached()))
 
     def settle(self, step: int) -> list[StepMetrics]:
         """The numbers that were added since the last call; to be called before the optimizer runs.
@@ -122,20 +121,20 @@ def _describe_failure(pending: _Pending, numbers: StepMetrics, step: int) -> str
     broken = not bool(pending.passed.prediction.isfinite().all())
     cause = (
         "the model's own prediction is not finite, so the run had diverged or overflowed without this term: "
-        "lower the learning rate, use bf16 instead of fp16, or train the VAE's latents with no_half_vae"
+        "lower the learning rate, use bf16 instead of fp16, or encode the latents with no_half_vae"
         if broken
         else "the term overflowed: lower dist_match, or narrow the window (freq_loss_max_timestep)"
     )
     return (
         f"the frequency loss is not finite in step {step}: low = {numbers.low}, high = {numbers.high}, "
-        f"base loss = {numbers.base}, timesteps = {_shorten(pending.passed.timesteps)}, "
+        f"base loss = {numbers.base}, timesteps = {_as_text(pending.passed.timesteps)}, "
         f"prediction {_summary(pending.passed.prediction)}, target {_summary(pending.passed.target)}. "
         f"Likely cause: {cause}. The optimizer has not seen this step and nothing was saved with it; the last saved "
         "file is intact"
     )
 
 
-def _shorten(timesteps: Tensor | float) -> str:
+def _as_text(timesteps: Tensor | float) -> str:
     return str(timesteps.tolist() if isinstance(timesteps, Tensor) else timesteps)
 
 

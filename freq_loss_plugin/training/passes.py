@@ -26,6 +26,10 @@ class Pass(NamedTuple):
     sample_weights: Tensor | None = None
     mask: Tensor | None = None
 
+    def detached(self) -> Pass:
+        """The same without the model's graph."""
+        return self._replace(prediction=self.prediction.detach(), target=self.target.detach())
+
 
 class Plan(NamedTuple):
     """At which timesteps a batch trains.

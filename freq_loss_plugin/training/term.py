@@ -70,19 +70,19 @@ class FrequencyTerm:
         self._history = BatchHistory(config) if config.enabled and config.batch_history else None
         self._balance = GradientBalance(config) if GradientBalance.is_wanted(config) else None
         self._monitor = TermMonitor()
-        self._fraction = FractionReport(max_train_steps, held=bool(config.gradient_ratio))
+        self._fraction = FractionReport(max_train_steps, ratio_is_fixed=bool(config.gradient_ratio))
         self._schedules: dict[torch.device, Tensor] = {}
         self.validation = ValidationBands(config) if config.validation else None
 
     def plan(
-        self, count: int, draw: Callable[[int], Tensor] | None = None, own: SampleDistributions | None = None
+        self, count: int, draw: Callable[[int], Tensor] | None = None, per_sample: SampleDistributions | None = None
     ) -> Plan:
         """Decide on the timesteps of the next batch.
 
         Args:
             count: samples in the batch.
             draw: as in `shared_timesteps`; needed by the mode ``shared`` alone.
-            own: where the samples draw their timesteps from different distributions; see `coupled_timesteps`.
+            per_sample: where the samples draw their timesteps from different distributions; see `coupled_timesteps`.
         """
         name = stream_name(self._seed, self._batch)
         self._batch += 1
@@ -92,7 +92,7 @@ class FrequencyTerm:
             self._plan = Plan(name, extra=unified_timestep(self.config, name))
         elif self.config.timesteps == "shared":
             assert draw is not None
-            self._plan = self._share_timestep(f"{name}:shared", count, draw, own)
+            self._plan = self._share_timestep(f"{name}:shared", count, draw, per_sample)
         else:
             self._plan = Plan(name, has_term=True)
         return self._plan
@@ -103,8 +103,7 @@ class FrequencyTerm:
         term = self._weighed(passed, reference, same_pass=False)
         if term.loss.total.requires_grad:
             backward(term.loss.total)
-        passed = passed._replace(prediction=passed.prediction.detach(), target=passed.target.detach())
-        self._extra = _Term(FrequencyLoss(*(number.detach() for number in term.loss)), passed, term.logs)
+        self._extra = _Term(FrequencyLoss(*(number.detach() for number in term.loss)), passed.detached(), term.logs)
 
     def join(self, passed: Pass, base_loss: Tensor) -> Tensor:
         """The base loss plus the term: of this pass, or, where there was an extra pass, the value of that one's.
@@ -180,12 +179,12 @@ class FrequencyTerm:
         return {name: part for name, part in parts.items() if part is not None}
 
     def _share_timestep(
-        self, name: str, count: int, draw: Callable[[int], Tensor], own: SampleDistributions | None
+        self, name: str, count: int, draw: Callable[[int], Tensor], per_sample: SampleDistributions | None
     ) -> Plan:
-        if own is None:
+        if per_sample is None:
             timesteps, shared = shared_timesteps(draw, count, self.config, name, self._process)
             return Plan(name, timesteps=timesteps, shared=shared, has_term=shared is not None)
-        timesteps, shared, sharing = coupled_timesteps(draw, own, self.config, name, self._process)
+        timesteps, shared, sharing = coupled_timesteps(draw, per_sample, self.config, name, self._process)
         return Plan(name, timesteps=timesteps, shared=shared, sharing=sharing, has_term=shared is not None)
 
     def _of_sharing_samples(self, passed: Pass) -> Pass:

@@ -71,7 +71,7 @@ def shared_timesteps(
 
 
 def coupled_timesteps(
-    draw: Callable[[int], Tensor], own: SampleDistributions, config: FreqLossConfig, name: str, process: int = 0
+    draw: Callable[[int], Tensor], per_sample: SampleDistributions, config: FreqLossConfig, name: str, process: int = 0
 ) -> tuple[Tensor, float | None, Tensor]:
     """`shared_timesteps` where samples have distributions of their own: as many as possible take the shared timestep.
 
@@ -81,7 +81,7 @@ def coupled_timesteps(
 
     Args:
         draw: n timesteps from the base distribution, as for `shared_timesteps`.
-        own: the samples' distributions.
+        per_sample: the samples' distributions.
         config: its window is used.
         name: of the random stream.
         process: number of this process.
@@ -92,17 +92,17 @@ def coupled_timesteps(
     with separate_random_stream(name, _CPU):
         first = draw(1)
     with separate_random_stream(f"{name}:{process}", _CPU):
-        timesteps = own.draw()
+        timesteps = per_sample.draw()
         chance = torch.rand(len(timesteps), dtype=torch.float64)
-        takes = _inside(first, config) & (chance < own.density_ratio(first.expand(len(timesteps))))
+        takes = _inside(first, config) & (chance < per_sample.density_ratio(first.expand(len(timesteps))))
         pending = ~takes
         while True:
             # What is left of p_i: outside the window all of it, inside p_i - min(p_i, p).
             chance = torch.rand(len(timesteps), dtype=torch.float64)
-            pending &= _inside(timesteps, config) & (chance * own.density_ratio(timesteps) < 1)
+            pending &= _inside(timesteps, config) & (chance * per_sample.density_ratio(timesteps) < 1)
             if not pending.any():
                 break
-            timesteps = torch.where(pending, own.draw(), timesteps)
+            timesteps = torch.where(pending, per_sample.draw(), timesteps)
     shared = first.item() if _inside(first, config).item() else None
     return torch.where(takes, first.expand(len(timesteps)), timesteps), shared, takes
 

@@ -14,9 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..analysis.figures import spectrum_plot
 from ..analysis.spectra import SpectrumComparison, compare_spectra
 from ..loss.energies import band_energies
 from ..options.config import FreqLossConfig
+
+PREFIX = "loss/validation/freq_"
 
 
 class ValidationResult(NamedTuple):
@@ -24,6 +27,18 @@ class ValidationResult(NamedTuple):
 
     numbers: dict[str, float]
     spectra: SpectrumComparison
+
+    def logs(self) -> dict[str, float]:
+        """As TensorBoard and W&B show them."""
+        return {f"{PREFIX}{name}": value for name, value in self.numbers.items()}
+
+    def plot(self) -> Tensor:
+        """Both spectra; shape (H, W, 3), 0..1.
+
+        Raises:
+            ImportError: matplotlib is missing.
+        """
+        return spectrum_plot(self.spectra, "A: predicted clean latents, B: clean latents")
 
 
 class ValidationBands:
