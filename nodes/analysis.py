@@ -221,7 +221,7 @@ class BandLoss(io.ComfyNode):
                        "size."),
                 format_input(ALREADY_SCALED, default="SD1.x",
                              tooltip="The model that the latents belong to. Training scales latents (SD1.x by "
-                             "0.18215), ComfyUI does not; the numbers depend on it."),
+                             "0.18215), and ComfyUI does not; the numbers depend on it."),
             ],
             outputs=[
                 io.Float.Output("low", display_name="low", tooltip="L_low, unweighted."),
