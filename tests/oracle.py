@@ -37,6 +37,12 @@ def fft_bands(array, cutoff=0.25):
     return low, array - low
 
 
+def zero_terminal_snr(alphas):
+    """alpha_bar rescaled so that the last one is 0 (Lin et al. 2023, algorithm 1)."""
+    roots = alphas**0.5
+    return ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])) ** 2
+
+
 def clean_latent(output, noisy, alpha_bar, sigma, prediction_type):
     """x0_hat; v-prediction is turned into epsilon first, where the package solves for x0 directly."""
     if prediction_type == "sample":

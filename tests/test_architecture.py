@@ -118,6 +118,20 @@ def test_the_comfyui_pack_uses_relative_imports_only():
                 assert node.module.split(".")[0] not in PACKAGES, file
 
 
+def test_functions_and_files_are_short():
+    """As CONTRIBUTING says; docstrings do not count."""
+    listed = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a checkout of git")
+    for name in listed.stdout.split():
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert text.count("\n") <= (400 if name.startswith("tests/") else 300), name
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                assert not body or body[-1].end_lineno - body[0].lineno < 40, (name, node.name)
+
+
 def test_the_public_names_are_pinned():
     assert sorted(freq_loss_plugin.__all__) == [
         "BandSpec",

@@ -169,20 +169,8 @@ def linked(folder):
     return folder
 
 
-@pytest.mark.comfyui
-@pytest.mark.long
-def test_the_managers_command_line_installs_it_from_a_git_address(tmp_path):
-    """Into a copy of ComfyUI; the address is mapped to a folder by git's own configuration."""
-    comfyui = hosts.comfyui()
-    if importlib.util.find_spec("cm_cli") is None:
-        pytest.skip("no ComfyUI Manager: pip install comfyui-manager; run tests/run.sh")
-    left_out = {".git", "tests", "tests-unit", "models", "output"}
-    copy = shutil.copytree(
-        comfyui,
-        tmp_path / "ComfyUI",
-        ignore=lambda folder, names: left_out & set(names) if Path(folder) == comfyui else {"__pycache__"},
-    )
-    source = tmp_path / "git" / "some-other-name"
+def commit_tree_to(source):
+    """This work tree, without tests and weights, as a git repository of one commit."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -196,6 +184,22 @@ def test_the_managers_command_line_installs_it_from_a_git_address(tmp_path):
     author = ["-c", "user.name=test", "-c", "user.email=test@example.com"]
     for command in (["init", "-q"], ["add", "-A"], [*author, "commit", "-qm", "all"]):
         subprocess.run(["git", *command], cwd=source, check=True)
+
+
+@pytest.mark.comfyui
+@pytest.mark.long
+def test_the_managers_command_line_installs_it_from_a_git_address(tmp_path):
+    """Into a copy of ComfyUI; the address is mapped to a folder by git's own configuration."""
+    comfyui = hosts.comfyui()
+    if importlib.util.find_spec("cm_cli") is None:
+        pytest.skip("no ComfyUI Manager: pip install comfyui-manager; run tests/run.sh")
+    left_out = {".git", "tests", "tests-unit", "models", "output"}
+    copy = shutil.copytree(
+        comfyui,
+        tmp_path / "ComfyUI",
+        ignore=lambda folder, names: left_out & set(names) if Path(folder) == comfyui else {"__pycache__"},
+    )
+    commit_tree_to(tmp_path / "git" / "some-other-name")
     settings = tmp_path / "gitconfig"
     settings.write_text(f'[url "file://{tmp_path}/git/"]\n\tinsteadOf = https://git.example/\n')
     environment = {**os.environ, "COMFYUI_PATH": str(copy), "GIT_CONFIG_GLOBAL": str(settings)}

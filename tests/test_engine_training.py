@@ -16,6 +16,49 @@ from freq_loss_plugin.engine import dataset, model, run, trainer
 pytestmark = pytest.mark.filterwarnings("default")
 
 
+def record_passes(monkeypatch):
+    """A list that fills with (timesteps, prediction, target) of every pass of the model, in float64."""
+    passes, predict = [], model.Model.predict
+
+    def recording(self, latents, timesteps, *others):
+        results = predict(self, latents, timesteps, *others)
+        passes.append((timesteps.clone(), *(tensor.detach().double().numpy() for tensor in results)))
+        return results
+
+    monkeypatch.setattr(model.Model, "predict", recording)
+    return passes
+
+
+def expected_losses(passes, loss, gamma, alphas):
+    """(base, L_low, L_high) of every batch by the oracle."""
+    if loss.enabled and loss.timesteps == "unified":
+        pairs = list(zip(passes[::2], passes[1::2], strict=True))  # the extra pass comes first
+        assert all(len(set(extra[0].tolist())) == 1 and 200 <= extra[0][0] < 600 for extra, _ in pairs)
+    else:
+        pairs = [(passed, passed) for passed in passes]
+    for (timesteps, prediction, target), (base_timesteps, base_prediction, base_target) in pairs:
+        alpha_bar = alphas[base_timesteps.numpy()]
+        snr = alpha_bar / (1 - alpha_bar)
+        weights = np.minimum(gamma / snr, 1) if gamma else np.ones(len(snr))
+        base = (((base_prediction - base_target) ** 2).mean(axis=(1, 2, 3)) * weights).mean()
+        has_term = loss.enabled
+        if loss.timesteps == "shared":
+            inside = (timesteps >= 200) & (timesteps < 600)
+            assert len(set(timesteps.tolist())) == 1 if inside.all() else not inside.any()
+            has_term = bool(inside.all())
+        low, high = oracle.loss(
+            prediction,
+            target,
+            np.zeros_like(prediction),
+            prediction_type="epsilon",
+            timesteps=timesteps.numpy(),
+            alphas_cumprod=alphas,
+            weights=np.full(len(timesteps), 1 / len(timesteps) if loss.reduction == "mean" else 1.0),
+            bands=oracle.fft_bands if loss.method == "fft" else oracle.wavelet_bands,
+        )
+        yield base, low * has_term, high * has_term
+
+
 @pytest.mark.parametrize(
     ("loss", "changes"),
     [
@@ -29,48 +72,11 @@ pytestmark = pytest.mark.filterwarnings("default")
 )
 def test_the_losses_are_the_formula(make_settings, monkeypatch, loss, changes):
     """Base, low and high are recomputed in float64 from the predictions and targets of a run."""
-    passes = []
-    predict = model.Model.predict
-
-    def recording(self, latents, timesteps, *others):
-        results = predict(self, latents, timesteps, *others)
-        passes.append((timesteps.clone(), *(tensor.detach().double().numpy() for tensor in results)))
-        return results
-
-    monkeypatch.setattr(model.Model, "predict", recording)
+    passes = record_passes(monkeypatch)
     run_settings = make_settings(**changes)
     outcome = run.train(run_settings, loss)
     alphas = outcome.model.scheduler.alphas_cumprod.double().numpy()
-    bands = oracle.fft_bands if loss.method == "fft" else oracle.wavelet_bands
-    unified = loss.enabled and loss.timesteps == "unified"
-    expected = []
-    for index in range(0, len(passes), 2 if unified else 1):
-        timesteps, prediction, target = passes[index + 1 if unified else index]  # the extra pass comes first
-        alpha_bar = alphas[timesteps.numpy()]
-        snr = alpha_bar / (1 - alpha_bar)
-        weights = np.minimum(run_settings.min_snr_gamma / snr, 1) if run_settings.min_snr_gamma else np.ones(len(snr))
-        base = (((prediction - target) ** 2).mean(axis=(1, 2, 3)) * weights).mean()
-        if unified:
-            timesteps, prediction, target = passes[index]
-            assert len(set(timesteps.tolist())) == 1
-            assert 200 <= timesteps[0] < 600
-        has_term = loss.enabled
-        if loss.timesteps == "shared":
-            inside = (timesteps >= 200) & (timesteps < 600)
-            assert len(set(timesteps.tolist())) == 1 if inside.all() else not inside.any()
-            has_term = bool(inside.all())
-        weight = 1 / len(timesteps) if loss.reduction == "mean" else 1.0
-        low, high = oracle.loss(
-            prediction,
-            target,
-            np.zeros_like(prediction),
-            prediction_type="epsilon",
-            timesteps=timesteps.numpy(),
-            alphas_cumprod=alphas,
-            weights=np.full(len(timesteps), weight),
-            bands=bands,
-        )
-        expected.append((base, low * has_term, high * has_term))
+    expected = list(expected_losses(passes, loss, run_settings.min_snr_gamma, alphas))
     per_step = run_settings.gradient_accumulation_steps
     for step, numbers in enumerate(outcome.history):
         base, low, high = np.mean(expected[step * per_step : (step + 1) * per_step], axis=0)

@@ -69,16 +69,12 @@ def test_own_timesteps_with_every_feature_that_concerns_the_hook(sd_scripts, mat
     import material as make
 
     make.make_photos(tmp_path / "masked", 64, alpha=True)
+    window = {"freq_loss_min_timestep": 100, "freq_loss_max_timestep": 950}
+    options = {"dist_match": 0.05, "freq_loss_timesteps": "own", "freq_loss_method": "fft", **window}
+    options["freq_loss_sample_weights"] = "min_snr"
     run = sd_scripts.train(
         tmp_path / "run",
-        freq_loss={
-            "dist_match": 0.05,
-            "freq_loss_timesteps": "own",
-            "freq_loss_method": "fft",
-            "freq_loss_min_timestep": 100,
-            "freq_loss_max_timestep": 950,
-            "freq_loss_sample_weights": "min_snr",
-        },
+        freq_loss=options,
         train_data_dir=str(tmp_path / "masked"),
         reg_data_dir=str(material / "photos"),
         prior_loss_weight=0.5,
@@ -90,8 +86,7 @@ def test_own_timesteps_with_every_feature_that_concerns_the_hook(sd_scripts, mat
         min_snr_gamma=5.0,
     )
     assert run.returncode == 0, run.output
-    alphas = ALPHAS**0.5
-    alphas = ((alphas - alphas[-1]) * alphas[0] / (alphas[0] - alphas[-1])) ** 2
+    alphas = oracle.zero_terminal_snr(ALPHAS)
 
     def weigh(timestep):
         snr = alphas[timestep] / (1 - alphas[timestep])

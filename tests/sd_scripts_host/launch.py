@@ -70,64 +70,75 @@ def _leave_frozen_models_unwrapped() -> None:
     accelerate.Accelerator.prepare_model = prepare
 
 
-def _record_passes(record: str) -> None:
-    """Wrap the class methods when the trainer starts, below anything that the plug-in puts on the object."""
-    import torch
-    from library import original_unet
+class _Recorder:
+    """Records passes, base losses and samples of a run, below anything that the plug-in puts on the trainer object."""
 
-    events: list[dict] = []
+    def __init__(self, args, trainer_class):
+        from library import original_unet
+
+        self._args = args
+        self.events: list[dict] = []
+        self._inside_process_batch = False
+        self._wrap(trainer_class, "get_noise_pred_and_target", self._pass)
+        self._wrap(trainer_class, "process_batch", self._process_batch)
+        self._wrap(original_unet.UNet2DConditionModel, "forward", self._forward)
+
+    @staticmethod
+    def _wrap(cls, name, wrapper):
+        method = getattr(cls, name)
+
+        @functools.wraps(method)
+        def wrapped(*positional, **named):
+            call = inspect.signature(method).bind(*positional, **named)
+            call.apply_defaults()
+            return wrapper(lambda: method(*positional, **named), call.arguments)
+
+        setattr(cls, name, wrapped)
+
+    def _pass(self, run, given):
+        results = run()
+        event = dict(zip(("prediction", "target", "timesteps"), results[:3], strict=True))
+        event["states"] = given["text_encoder_conds"][0]
+        event = {key: tensor.detach().clone() for key, tensor in event.items()}
+        event["captions"] = list(given["batch"]["captions"])
+        is_extra = given["args"] is not self._args
+        self.events.append({"kind": "pass", "extra": is_extra, "is_train": bool(given["is_train"]), **event})
+        return results
+
+    def _process_batch(self, run, given):
+        self._inside_process_batch = True
+        loss = run()
+        self._inside_process_batch = False
+        batch = given["batch"]
+        kept = {key: batch[key] for key in ("loss_weights", "alpha_masks") if batch.get(key) is not None}
+        is_train = bool(given["is_train"])
+        self.events.append({"kind": "base_loss", "is_train": is_train, "loss": loss.detach().clone(), **kept})
+        return loss
+
+    def _forward(self, run, given):
+        import torch
+
+        if not self._inside_process_batch and not torch.is_grad_enabled():
+            self.events.append({"kind": "sample", "states": given["encoder_hidden_states"].detach().clone()})
+        return run()
+
+
+def _record_passes(record: str) -> None:
+    """Wrap the class methods when the trainer starts, and write at the end what was recorded."""
+    import torch
+
     verifying = _module_of_the_first_call()
     verify = verifying.verify_training_args
 
     def start_recording(args):
         trainer_class = type(sys._getframe(1).f_locals.get("self"))
-        if not hasattr(trainer_class, "process_batch"):
-            return verify(args)
-        get_pass, process = trainer_class.get_noise_pred_and_target, trainer_class.process_batch
-        inside_process_batch = False
-
-        @functools.wraps(get_pass)
-        def get_noise_pred_and_target(self, *positional, **named):
-            call = inspect.signature(get_pass).bind(self, *positional, **named)
-            call.apply_defaults()
-            given = call.arguments
-            results = get_pass(self, *positional, **named)
-            event = dict(zip(("prediction", "target", "timesteps"), results[:3], strict=True))
-            event["states"] = given["text_encoder_conds"][0]
-            event = {key: tensor.detach().clone() for key, tensor in event.items()}
-            event["captions"] = list(given["batch"]["captions"])
-            is_train = bool(given["is_train"])
-            events.append({"kind": "pass", "extra": given["args"] is not args, "is_train": is_train, **event})
-            return results
-
-        @functools.wraps(process)
-        def process_batch(self, batch, *positional, **named):
-            nonlocal inside_process_batch
-            inside_process_batch = True
-            loss = process(self, batch, *positional, **named)
-            inside_process_batch = False
-            kept = {key: batch[key] for key in ("loss_weights", "alpha_masks") if batch.get(key) is not None}
-            is_train = bool(named.get("is_train", True))
-            events.append({"kind": "base_loss", "is_train": is_train, "loss": loss.detach().clone(), **kept})
-            return loss
-
-        unet_forward = original_unet.UNet2DConditionModel.forward
-
-        @functools.wraps(unet_forward)
-        def forward(self, *positional, **named):
-            if not inside_process_batch and not torch.is_grad_enabled():
-                given = inspect.signature(unet_forward).bind(self, *positional, **named).arguments
-                events.append({"kind": "sample", "states": given["encoder_hidden_states"].detach().clone()})
-            return unet_forward(self, *positional, **named)
-
-        original_unet.UNet2DConditionModel.forward = forward
-        trainer_class.get_noise_pred_and_target = get_noise_pred_and_target
-        trainer_class.process_batch = process_batch
+        if hasattr(trainer_class, "process_batch"):
+            recorder = _Recorder(args, trainer_class)
+            rank = int(os.environ.get("RANK", "0"))
+            atexit.register(lambda: torch.save(recorder.events, f"{record}.{rank}" if rank else record))
         return verify(args)
 
     verifying.verify_training_args = start_recording
-    rank = int(os.environ.get("RANK", "0"))
-    atexit.register(lambda: torch.save(events, f"{record}.{rank}" if rank else record))
 
 
 def _module_of_the_first_call():

@@ -41,23 +41,20 @@ def make_model(folder: Path, *, full_size: bool = False, prediction_type: str = 
         latent_channels=4,
         sample_size=512,
     )
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            hidden_size=widths["text"],
-            intermediate_size=4 * widths["text"],
-            num_hidden_layers=widths["text_layers"],
-            num_attention_heads=widths["heads"],
-            projection_dim=widths["text"],
-        )
+    text = CLIPTextConfig(
+        hidden_size=widths["text"],
+        intermediate_size=4 * widths["text"],
+        num_hidden_layers=widths["text_layers"],
+        num_attention_heads=widths["heads"],
+        projection_dim=widths["text"],
     )
+    schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     pipeline = StableDiffusionPipeline(
         vae=vae,
-        text_encoder=text_encoder,
+        text_encoder=CLIPTextModel(text),
         tokenizer=None,
         unet=unet,
-        scheduler=DDPMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction_type
-        ),
+        scheduler=DDPMScheduler(**schedule, prediction_type=prediction_type),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
