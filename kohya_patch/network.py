@@ -167,8 +167,9 @@ def _check_wrapped_name(name: str, family: Family) -> None:
 def _check_against_trainer(config: FreqLossConfig, args: argparse.Namespace, family: Family) -> None:
     if getattr(args, "deepspeed", False) or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         raise ConfigError(
-            "deepspeed = true: DeepSpeed restricts how backward() may be called, and the frequency loss is untested "
-            "with it; train without it (several processes work), or set dist_match = 0"
+            "DeepSpeed is on (deepspeed = true, or accelerate's own configuration): it restricts how backward() may be "
+            "called, and the frequency loss is untested with it; train without it (several processes work), or set "
+            "dist_match = 0"
         )
     zero_terminal_snr = bool(getattr(args, "zero_terminal_snr", False))
     config.check_model(family.prediction_type(args), zero_terminal_snr=zero_terminal_snr)

@@ -62,6 +62,8 @@ def test_no_option_of_sd_scripts_looks_like_one_of_ours(stand_ins, name):
         ("sd15", {"resolution": "16,64", "freq_loss_levels": 2}, ["freq_loss_levels = 2", "2 × 2"]),
         ("sd15", {"network_args": ["freq_loss_metod=fft"]}, ["freq_loss_metod", "Did you mean freq_loss_method?"]),
         ("sd15", {"network_args": ["dist_match=none"]}, ["dist_match = 'none'", "a number"]),
+        ("sd15", {"network_args": ["dist_match=1", "dist_match=2"]}, ["dist_match is given twice", "keep one"]),
+        ("sd15", {"network_args": ["dist_match"]}, ["'dist_match'", "expected key=value"]),
         (
             "sd15",
             {"guidance_token": 8.0, "train_data_dir": "/nowhere"},

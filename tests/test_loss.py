@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import autocast
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from freq_loss_plugin import FreqLossConfig, frequency_matching_loss, reference_loss
+from freq_loss_plugin import FreqLossConfig, LossSpec, frequency_matching_loss, reference_loss
 from freq_loss_plugin.loss.latents import PREDICTION_TYPES
 from freq_loss_plugin.loss.matching import band_error_maps
 
@@ -371,3 +371,9 @@ def test_only_the_gradient_is_as_large_as_the_batch(method, timesteps):
     batch, one = prediction.numel(), prediction[0].numel()
     assert sum(size > 2 * one for size in made.sizes) == 1  # a spectrum counts twice: real and imaginary
     assert max(made.sizes) == batch
+
+
+@pytest.mark.parametrize(("name", "value"), [("reduction", "max"), ("sample_weighting", "snr"), ("dist_match", -1.0)])
+def test_a_loss_spec_checks_its_values(name, value):
+    with pytest.raises(ValueError, match=f"{name} = {value!r}: expected"):
+        LossSpec(**{name: value})

@@ -105,7 +105,7 @@ class LossSpec:
         window: (first, end) of the timesteps that count, end exclusive; None for all.
 
     Raises:
-        ValueError: an unknown reduction, or a weight that is negative or not finite.
+        ValueError: an unknown reduction or sample weighting, or a weight that is negative or not finite.
     """
 
     bands: BandSpec = field(default_factory=BandSpec)  # made when needed: its check imports PyWavelets
@@ -122,6 +122,7 @@ class LossSpec:
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: expected a finite number >= 0")
         _check_choice("reduction", self.reduction, get_args(Reduction))
+        _check_choice("sample_weighting", self.sample_weighting, get_args(SampleWeighting))
 
     @property
     def loss_spec(self) -> LossSpec:

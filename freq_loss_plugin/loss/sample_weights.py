@@ -21,7 +21,7 @@ def batch_weights(
 ) -> Tensor | float:
     r"""The given sample weights times what ``spec`` asks for.
 
-    - ``sample_weights = "min_snr"``: `min_snr_weights`.
+    - ``sample_weighting = "min_snr"``: `min_snr_weights`.
     - a ``window``: 1 where first <= t < end, otherwise 0.
 
     Args:
@@ -72,7 +72,7 @@ def min_snr_weights(
     if prediction_type not in ("epsilon", "v_prediction"):
         raise ValueError(
             "Min-SNR weights are defined for epsilon and v_prediction, and this model predicts "
-            f"{prediction_type!r}; set sample_weights = 'none'"
+            f"{prediction_type!r}; set sample_weighting = 'none'"
         )
     alpha_bar = torch.as_tensor(select_alpha_bar(timesteps, alphas_cumprod, prediction_type), dtype=torch.float32)
     snr = cast(Tensor, signal_to_noise(alpha_bar))
@@ -81,12 +81,16 @@ def min_snr_weights(
     return float(weights) if weights.ndim == 0 and weights.device.type == "cpu" else weights
 
 
+def in_window(timesteps: Tensor, window: tuple[int, int]) -> Tensor:
+    """Where first <= t < end, for a window (first, end); boolean, shape as ``timesteps``."""
+    return (timesteps >= window[0]) & (timesteps < window[1])
+
+
 def _inside(window: tuple[int, int], timesteps: Tensor | float | None, sigmas: Tensor | None) -> Tensor | float:
     if timesteps is None:
         if sigmas is None:
             raise ValueError("a window needs the timesteps of the batch, and got None")
         timesteps = sigmas * NUM_TRAIN_TIMESTEPS
-    first, end = window
     if not isinstance(timesteps, Tensor):
-        return float(first <= timesteps < end)
-    return ((timesteps >= first) & (timesteps < end)).flatten().to(torch.float32)
+        return float(window[0] <= timesteps < window[1])
+    return in_window(timesteps, window).flatten().to(torch.float32)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..loss.sample_weights import in_window
 from ..options.config import FreqLossConfig
 from .random_streams import separate_random_stream
 
@@ -109,4 +110,4 @@ def coupled_timesteps(
 
 def _inside(timesteps: Tensor, config: FreqLossConfig) -> Tensor:
     """Which timesteps lie in the window: min_timestep <= t < max_timestep."""
-    return (timesteps >= config.min_timestep) & (timesteps < config.max_timestep)
+    return in_window(timesteps, (config.min_timestep, config.max_timestep))

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..analysis.figures import spectrum_plot
 from ..analysis.spectra import SpectrumComparison, compare_spectra
 from ..loss.energies import band_energies
+from ..loss.sample_weights import in_window
 from ..options.config import FreqLossConfig
 
 PREFIX = "loss/validation/freq_"
@@ -65,7 +66,7 @@ class ValidationBands:
         """
         count = len(clean)
         at = torch.as_tensor(timesteps, dtype=torch.float32).flatten().cpu().expand(count)
-        chosen = (at >= self._config.min_timestep) & (at < self._config.max_timestep)
+        chosen = in_window(at, (self._config.min_timestep, self._config.max_timestep))
         if not chosen.any():
             return
         kept = clean.float().cpu()[chosen]
