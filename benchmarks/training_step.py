@@ -20,7 +20,6 @@ from collections import defaultdict
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, autocast
@@ -30,7 +29,15 @@ from freq_loss_plugin.toy_model import model_folder
 from freq_loss_plugin.training.passes import Pass
 from freq_loss_plugin.training.term import FrequencyTerm
 
-MODES = ("off", "own", "shared", "unified")
+MODES: dict[str, dict[str, Any]] = {
+    "off": {"dist_match": 0.0},
+    "own": {"freq_loss_timesteps": "own"},
+    "shared": {"freq_loss_timesteps": "shared"},
+    "shared, ratio": {"freq_loss_timesteps": "shared", "freq_loss_gradient_ratio": 0.1},
+    "unified": {"freq_loss_timesteps": "unified"},
+    "balance by timestep": {"dist_match": 0.0, "freq_loss_balance": "timestep"},
+    "balance by band": {"dist_match": 0.0, "freq_loss_balance": "band"},
+}
 TOKENS = 77
 # What differs from the defaults of UNet2DConditionModel.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -90,7 +97,10 @@ class Step:
         if plan.extra is not None:
             term.extra_pass(self._pass(torch.full_like(own, plan.extra), plan.extra), Tensor.backward)
         base = self._pass(own if plan.timesteps is None else plan.timesteps)
-        term.join(base, F.mse_loss(base.prediction, base.target)).backward()
+        balanced = term.balance(base)
+        losses = (balanced.prediction - base.target).square().mean(dim=(1, 2, 3))
+        losses = losses if balanced.weights is None else losses * balanced.weights
+        term.join(base, losses.mean()).backward()
         term.settle(number)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
@@ -108,18 +118,18 @@ class Step:
 
 def measure(step: Step, rounds: int) -> dict[str, list[float]]:
     """Seconds of each step by mode, after one round that does not count."""
-    configs = {mode: FreqLossConfig.from_mapping({"freq_loss_timesteps": mode}) for mode in MODES[1:]}
-    configs["off"] = FreqLossConfig(dist_match=0.0)
-    terms = {mode: FrequencyTerm(config, "epsilon", seed=0) for mode, config in configs.items()}
+    terms = {
+        mode: FrequencyTerm(FreqLossConfig.from_mapping(options), "epsilon", seed=0) for mode, options in MODES.items()
+    }
     seconds: dict[str, list[float]] = defaultdict(list)
     for number in range(rounds + 1):
-        for mode in random.Random(number).sample(MODES, len(MODES)):
+        for mode in random.Random(number).sample(list(MODES), len(MODES)):
             torch.manual_seed(number)
             wait(step)
             start = time.perf_counter()
             has_term = step.run(terms[mode], number)
             wait(step)
-            name = mode if mode != "shared" else f"shared, {'inside' if has_term else 'outside'}"
+            name = f"{mode}, {'inside' if has_term else 'outside'}" if mode.startswith("shared") else mode
             if number:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
@@ -156,7 +166,11 @@ def main() -> None:
     device = torch.device(options.device)
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, Python {platform.python_version()}, {hardware}, {options.dtype}\n")
-    columns = ("own", "shared, inside", "shared, outside", "unified")
+    columns = [
+        column
+        for mode in list(MODES)[1:]
+        for column in ([f"{mode}, inside", f"{mode}, outside"] if mode.startswith("shared") else [mode])
+    ]
     print(f"| UNet | pixels | batch | off | {' | '.join(columns)} |\n{'|---' * (len(columns) + 4)}|")
     for name in options.models:
         unet = make_unet(name, options.checkpointing)

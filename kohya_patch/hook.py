@@ -28,6 +28,8 @@ from torch import Tensor
 
 from freq_loss_plugin import FreqLossConfig
 from freq_loss_plugin.guidance_token import features as guidance
+from freq_loss_plugin.training.loss_balance import Balanced
+from freq_loss_plugin.training.messages import Message
 from freq_loss_plugin.training.passes import Pass, Plan
 from freq_loss_plugin.training.term import FrequencyTerm
 
@@ -37,6 +39,7 @@ from .guidance import TokenGuidance
 from .host import UnsupportedTrainerError
 from .passes import TimestepPasses
 from .patching import PatchedMethods
+from .protocols import Accelerator
 from .state import StateFile
 from .trainers import TrainingRun, first_step, process_index
 from .validation import ValidationReport
@@ -71,6 +74,9 @@ class LossHook:
         self._training_call: dict[str, Any] | None = None
         self._validation_call: dict[str, Any] | None = None
         self._passed: Pass | None = None
+        self._balanced: Balanced | None = None
+        self._draws_balance = config.balanced
+        self._accelerator: Accelerator | None = None
         self._logs: dict[str, float] = {}
 
     def install(self) -> None:
@@ -80,13 +86,15 @@ class LossHook:
             earlier.uninstall()
         self._trainer._freq_loss_hook = self
         replacements = {"update_metadata": self._update_metadata}
-        if self._config.enabled:
+        if self._config.changes_the_loss:
             replacements |= {
                 "process_batch": self._process_batch,
                 _PASS: self._get_noise_pred_and_target,
                 "all_reduce_network": self._all_reduce_network,
                 "generate_step_logs": self._generate_step_logs,
             }
+        if self._config.balanced:
+            replacements["post_process_loss"] = self._post_process_loss
         if self._config.enabled and self._validation is not None:
             replacements["accelerator_logging"] = self._accelerator_logging
         if self._tokens is not None:
@@ -115,10 +123,11 @@ class LossHook:
             return result
         if self._validation is not None:
             self._validation.discard()
-        self._state.save_with(call["accelerator"])
+        self._accelerator = call["accelerator"]
+        self._state.save_with(self._accelerator)
         self._training_call = call
         base_loss = process_batch(*arguments, **named)
-        passed, self._passed, self._training_call = self._passed, None, None
+        passed, self._passed, self._training_call, self._balanced = self._passed, None, None, None
         if passed is None:
             raise UnsupportedTrainerError(
                 f"{type(self._trainer).__name__}.process_batch did not call {_PASS}, in which the frequency loss finds "
@@ -141,7 +150,7 @@ class LossHook:
     def _training_pass(self, call: inspect.BoundArguments, batch: dict[str, Any]) -> Any:
         """The trainer's own pass of a training batch, which it leaves in ``_passed``."""
         forward = self._methods.original(_PASS)
-        if self._config.timesteps == "shared":
+        if self._config.enabled and self._config.timesteps == "shared":
             results = self._passes.shared(forward, call, self.term.plan)
         else:
             plan = self.term.plan(len(call.arguments["latents"]))
@@ -149,7 +158,8 @@ class LossHook:
                 self._extra_pass(call, batch, plan)
             results = forward(*call.args, **call.kwargs)
         self._passed = self._batches.read(batch, results)
-        return results
+        self._balanced = self.term.balance(self._passed)
+        return (self._balanced.prediction, *results[1:])
 
     def _extra_pass(self, call: inspect.BoundArguments, batch: dict[str, Any], plan: Plan) -> None:
         assert plan.extra is not None
@@ -159,6 +169,12 @@ class LossHook:
         # The graph of a trained text encoder is part of both passes; that of the extra pass ends with this method.
         shares_graph = _have_a_graph(call.arguments["text_encoder_conds"])
         self.term.extra_pass(passed, functools.partial(accelerator.backward, retain_graph=shares_graph))
+
+    def _post_process_loss(self, *arguments: Any, **named: Any) -> Any:
+        """The losses of the samples, weighted by noise level; validation and ``band`` have no weights here."""
+        losses = self._methods.original("post_process_loss")(*arguments, **named)
+        weights = None if self._balanced is None else self._balanced.weights
+        return losses if weights is None else losses * weights
 
     def _sample_images(self, *arguments: Any, **named: Any) -> Any:
         assert self._tokens is not None
@@ -179,8 +195,18 @@ class LossHook:
         """Read the numbers of the step; raises NonFiniteLossError where one is not finite."""
         metrics = self.term.settle(self.step + 1)
         if metrics is not None:
-            self._logs = metrics.logs()
+            self._logs = metrics.logs(has_term=self._config.enabled)
             report.log(metrics.message)
+            if self._draws_balance:
+                self._draw_balance()
+
+    def _draw_balance(self) -> None:
+        assert self._accelerator is not None
+        try:
+            report.log_image(self._accelerator, "loss/balance_weights", self.term.balance_plot, self.step + 1)
+        except ImportError as error:
+            self._draws_balance = False
+            report.log(Message(f"freq_loss_balance: numbers without the image of the weights; {error}", True))
 
     def _accelerator_logging(self, *arguments: Any, **named: Any) -> Any:
         assert self._validation is not None
@@ -196,7 +222,7 @@ class LossHook:
             return result
         metadata = call["metadata"]
         metadata["ss_network_module"] = self._network_module
-        if self._config.enabled or self._tokens is not None:
+        if self._config.changes_the_loss or self._tokens is not None:
             metadata.update(self._config.file_metadata(self._network_module))
         if self._tokens is not None:
             metadata.update(guidance.file_metadata(self._config.guidance_token, self._tokens.features))

@@ -42,6 +42,7 @@ GUIDANCE_METHODS: Mapping[str, tuple[str, ...]] = {
     "get_noise_pred_and_target": ("batch",),
     "sample_images": ("accelerator", "unet"),
 }
+BALANCE_METHODS: Mapping[str, tuple[str, ...]] = {"post_process_loss": ("loss",)}
 VALIDATION_METHODS: Mapping[str, tuple[str, ...]] = {"accelerator_logging": ("accelerator", "logs", "step_value")}
 
 # What makes the images of a batch known to guidance_token: attributes of a data set, names that its ``__getitem__``
@@ -252,8 +253,8 @@ def check_everything(trainer: type, kind: TrainerKind, *, guidance: bool) -> Non
     Raises:
         UnsupportedTrainerError: names what is missing.
     """
-    check_methods(trainer)
-    check_methods(trainer, VALIDATION_METHODS)
+    for methods in (METHODS, VALIDATION_METHODS, BALANCE_METHODS):
+        check_methods(trainer, methods)
     drawing_function(trainer, kind)
     masked_loss(trainer)
     if guidance:

@@ -15,10 +15,10 @@ from typing import Any
 import toml
 
 from freq_loss_plugin import ConfigError, FreqLossConfig
-from freq_loss_plugin.options.config import SECTION, check_section, parse_strings
-from freq_loss_plugin.options.parsing import parse_pairs
+from freq_loss_plugin.options.config import SECTION, check_section
+from freq_loss_plugin.options.parsing import parse_pairs, parse_strings
 
-from . import guidance, host, report
+from . import balance, guidance, host, report
 from .hook import LossHook
 from .host import UnsupportedTrainerError
 from .trainers import FAMILIES, Family, TrainingRun, find_run
@@ -85,7 +85,10 @@ def check(run: TrainingRun) -> FreqLossConfig:
     _check_wrapped_name(_wrapped_name(config, family), family)
     trainer = type(run.trainer)
     host.check_methods(trainer)
-    if config.enabled:
+    if config.balanced:
+        balance.check(config, args, family)
+        host.check_methods(trainer, host.BALANCE_METHODS)
+    if config.changes_the_loss:
         _check_against_trainer(config, args, family)
         _check_host(config, args, trainer, family)
     if config.guided:
@@ -96,7 +99,7 @@ def check(run: TrainingRun) -> FreqLossConfig:
 
 
 def _check_host(config: FreqLossConfig, args: argparse.Namespace, trainer: type, family: Family) -> None:
-    if config.timesteps != "own":
+    if config.enabled and config.timesteps != "own":
         host.drawing_function(trainer, family.kind)
     if getattr(args, "masked_loss", False) or getattr(args, "alpha_mask", False):
         host.masked_loss(trainer)
@@ -112,7 +115,7 @@ def read_config(args: argparse.Namespace) -> FreqLossConfig:
     """
     check_section(_toml_section(args))
     own = [item for item in getattr(args, "network_args", None) or [] if FreqLossConfig.claims(item.partition("=")[0])]
-    values = {**vars(args), **parse_strings(parse_pairs(own))}
+    values = {**vars(args), **parse_strings(FreqLossConfig, parse_pairs(own))}
     return FreqLossConfig.from_mapping(values)
 
 
@@ -179,13 +182,13 @@ def _check_against_trainer(config: FreqLossConfig, args: argparse.Namespace, fam
             f"freq_loss_validation = true with model_prediction_type = {shape!r}: the difference of a reshaped "
             "prediction and a bare velocity is not a latent-space error; set model_prediction_type = 'raw'"
         )
-    if config.timesteps != "unified" and family.kind == "flow" and shape != "raw":
+    if config.enabled and config.timesteps != "unified" and family.kind == "flow" and shape != "raw":
         raise ConfigError(
             f"freq_loss_timesteps = {config.timesteps!r} with model_prediction_type = {shape!r}: sd-scripts then "
             "compares a reshaped prediction with a bare velocity, whose difference is not a latent-space error; set "
             "model_prediction_type = 'raw' (what sd-scripts' guides recommend), or freq_loss_timesteps = 'unified'"
         )
-    if config.timesteps == "unified" and getattr(args, "blocks_to_swap", None):
+    if config.enabled and config.timesteps == "unified" and getattr(args, "blocks_to_swap", None):
         raise ConfigError(
             f"freq_loss_timesteps = 'unified' with blocks_to_swap = {args.blocks_to_swap}: blocks are swapped for one "
             "forward and one backward pass per step, and two are untested; set freq_loss_timesteps = 'shared', or "

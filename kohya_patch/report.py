@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+
+from torch import Tensor
 
 from freq_loss_plugin import FreqLossConfig
 from freq_loss_plugin.guidance_token.features import Features
 from freq_loss_plugin.options import advice
 from freq_loss_plugin.training.messages import Message, describe
 
+from .protocols import Accelerator
 from .trainers import TrainingRun, is_main_process
 
 logger = logging.getLogger("kohya_patch")
@@ -26,6 +30,20 @@ def announce(run: TrainingRun, config: FreqLossConfig, network_module: str, feat
     logs = any(getattr(args, name, None) for name in ("logging_dir", "log_with"))
     for warning in advice.warnings(config, _smallest_batch(run), *window, validates=run.validates, logs=logs):
         logger.warning("freq_loss: %s", warning)
+
+
+def log_image(accelerator: Accelerator, name: str, draw: Callable[[], Tensor | None], step: int) -> None:
+    """Log an image of shape (H, W, 3), 0..1, where a run writes to TensorBoard and has something to draw.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    if not any(tracker.name == "tensorboard" for tracker in accelerator.trackers):
+        return
+    image = draw()
+    if image is not None:
+        writer = accelerator.get_tracker("tensorboard").writer
+        writer.add_image(name, image.numpy(), step, dataformats="HWC")
 
 
 def log(message: Message | None) -> None:

@@ -46,15 +46,10 @@ class ValidationReport:
         return {**logs, **result.logs()}
 
     def _draw(self, accelerator: Accelerator, result: ValidationResult, step: int) -> None:
-        if not any(tracker.name == "tensorboard" for tracker in accelerator.trackers):
-            return
         try:
-            plot = result.plot()
+            report.log_image(accelerator, f"{PREFIX}spectrum", result.plot, step)
         except ImportError as error:
             self._warn_once(f"freq_loss_validation: numbers without the image of the spectra; {error}")
-            return
-        writer = accelerator.get_tracker("tensorboard").writer
-        writer.add_image(f"{PREFIX}spectrum", plot.numpy(), step, dataformats="HWC")
 
     def _warn_once(self, text: str) -> None:
         if not self._has_warned:

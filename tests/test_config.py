@@ -9,8 +9,7 @@ import pytest
 
 from freq_loss_plugin import ConfigError, FreqLossConfig
 from freq_loss_plugin.options.advice import useless_settings
-from freq_loss_plugin.options.config import parse_strings
-from freq_loss_plugin.options.parsing import parse_pairs
+from freq_loss_plugin.options.parsing import parse_pairs, parse_strings
 
 # What a user may write, and words that the error must contain: the key, the value, what is allowed or nearest.
 WRONG = [
@@ -77,7 +76,7 @@ def test_wrong_options(mapping, words):
 )
 def test_wrong_strings(items, words):
     with pytest.raises(ConfigError) as caught:
-        FreqLossConfig.from_mapping(parse_strings(parse_pairs(items)))
+        FreqLossConfig.from_mapping(parse_strings(FreqLossConfig, parse_pairs(items)))
     for word in words:
         assert word in str(caught.value)
 
@@ -99,6 +98,8 @@ def test_defaults_are_those_of_the_specification():
         "scope": "global",
         "batch_history": 0,
         "history_decay": 1.0,
+        "balance": "off",
+        "balance_power": 0.5,
         "gradient_ratio": 0.0,
         "grad_cosine": False,
         "validation": False,
@@ -118,7 +119,7 @@ def test_a_mapping_a_namespace_a_section_and_strings_give_the_same():
     strings = ["dist_match=1", "freq_loss_levels = 3", "freq_loss_method=fft"]
     whole_file = {"freq_loss": section, "training": {"min_snr_gamma": 2.0, "learning_rate": 1e-4}, "title": "mine"}
     assert FreqLossConfig.from_mapping(whole_file) == dataclasses.replace(expected, min_snr_gamma=2.0)
-    assert FreqLossConfig.from_mapping(parse_strings(parse_pairs(strings))) == expected
+    assert FreqLossConfig.from_mapping(parse_strings(FreqLossConfig, parse_pairs(strings))) == expected
 
 
 def test_options_of_the_trainer_pass_and_none_means_not_given():

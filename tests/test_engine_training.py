@@ -120,9 +120,10 @@ def test_the_gradient_norm_ratio_and_the_cosine(make_settings, monkeypatch, time
     (gradient,) = torch.autograd.grad(term.total, prediction)
     cosine = torch.nn.functional.cosine_similarity(gradient.flatten(), base.flatten(), dim=0)
     (numbers,) = outcome.history
-    assert numbers.others["weight"] == pytest.approx((0.2 * base.norm() / gradient.norm()).item(), rel=1e-3)
-    assert numbers.others["grad_cosine"] == pytest.approx(cosine.item(), rel=1e-3)
-    assert numbers.total == pytest.approx(numbers.others["weight"] * (0.7 * numbers.low + 0.3 * numbers.high), rel=1e-4)
+    assert numbers.others["freq_weight"] == pytest.approx((0.2 * base.norm() / gradient.norm()).item(), rel=1e-3)
+    assert numbers.others["freq_grad_cosine"] == pytest.approx(cosine.item(), rel=1e-3)
+    weighted = numbers.others["freq_weight"] * (0.7 * numbers.low + 0.3 * numbers.high)
+    assert numbers.total == pytest.approx(weighted, rel=1e-4)
 
 
 def test_the_loss_changes_the_weights_but_not_the_base_pass(make_settings):
@@ -168,3 +169,31 @@ def test_bf16_gradient_checkpointing_and_logs(make_settings, tmp_path):
     for name, values in (("loss/freq_low", "low"), ("loss/freq_fraction", "fraction")):
         logged = [event.value for event in accumulator.Scalars(name)]
         assert logged == pytest.approx([getattr(numbers, values) for numbers in outcome.history], rel=1e-5)
+
+
+@pytest.mark.parametrize("balance", ["timestep", "band"])
+def test_the_balance_weighs_the_base_loss(make_settings, monkeypatch, balance):
+    """The losses of a run, recomputed from its passes by a `LossBalance` of its own; and the run resumes as it was."""
+    from freq_loss_plugin.training.loss_balance import LossBalance
+    from freq_loss_plugin.training.passes import Pass
+
+    passes = record_passes(monkeypatch)
+    loss = dataclasses.replace(OFF, balance=balance)
+    run_settings = make_settings(max_train_steps=4, save_every_n_steps=2)
+    outcome = run.train(run_settings, loss)
+    independent = LossBalance(loss)
+    for (timesteps, prediction, target), numbers in zip(passes, outcome.history, strict=True):
+        sample = Pass(torch.from_numpy(prediction).float(), torch.from_numpy(target).float(), timesteps)
+        weighed = independent.balance(sample)
+        losses = (weighed.prediction - sample.target).square().mean(dim=(1, 2, 3))
+        losses = losses if weighed.weights is None else losses * weighed.weights
+        assert numbers.base == pytest.approx(losses.mean().item(), rel=1e-4)
+        assert numbers.others["balance_unweighted"] == pytest.approx(((prediction - target) ** 2).mean(), rel=1e-4)
+        assert numbers.total == 0
+    plain = run.train(make_settings(max_train_steps=4, output_name="plain"), OFF)
+    whole, off = load_lora(outcome.lora), load_lora(plain.lora)
+    assert any(not torch.equal(whole[name], off[name]) for name in whole)
+    stopped = run.train(make_settings(max_train_steps=2, output_name="resumed"), loss)
+    assert stopped.finished
+    resumed = run.train(make_settings(max_train_steps=4, output_name="resumed"), loss, resume=True)
+    assert all(torch.equal(tensor, load_lora(resumed.lora)[name]) for name, tensor in whole.items())

@@ -100,9 +100,9 @@ def test_the_gradient_has_the_ratio_to_the_base_gradient_whatever_dist_match_is(
     gain = 0.1 * g_b.norm() / own.norm()
     torch.testing.assert_close(g, gain * own, rtol=1e-4, atol=1e-9)
     torch.testing.assert_close(loss.total, gain * term(prediction).total.detach(), rtol=1e-4, atol=0)
-    assert logs["weight"].item() == pytest.approx(gain.item() * dist_match, rel=1e-5)
+    assert logs["freq_weight"].item() == pytest.approx(gain.item() * dist_match, rel=1e-5)
     cosine = (own * g_b).sum() / own.norm() / g_b.norm()
-    assert logs["grad_cosine"].item() == pytest.approx(cosine.item(), rel=1e-4)
+    assert logs["freq_grad_cosine"].item() == pytest.approx(cosine.item(), rel=1e-4)
     # The whole still reaches the weight, base loss and all.
     (whole,) = torch.autograd.grad(base + loss.total, weight, retain_graph=True)
     expected = torch.autograd.grad(prediction, weight, g_b + gain * own)[0]
@@ -117,7 +117,7 @@ def test_without_a_ratio_the_term_is_left_as_it_is():
         prediction, detached_term(prediction, term), inputs - target, same_pass=False
     )
     expected = term(prediction)
-    assert logs.keys() == {"grad_cosine"}
+    assert logs.keys() == {"freq_grad_cosine"}
     assert loss.total == expected.total
     found = torch.autograd.grad(loss.total, prediction)
     torch.testing.assert_close(found, torch.autograd.grad(expected.total, prediction))

@@ -15,7 +15,7 @@ from freq_loss_plugin import ConfigError, FreqLossConfig
 from freq_loss_plugin.guidance_token import features as guidance
 from freq_loss_plugin.guidance_token.features import FeatureError, feature_file, replace_last_token
 from freq_loss_plugin.guidance_token.image_folders import find_images
-from freq_loss_plugin.options.config import parse_strings
+from freq_loss_plugin.options.parsing import parse_strings
 
 COMMAND = "make-features"
 
@@ -70,7 +70,7 @@ def test_shapes_that_do_not_fit(states, features, words):
 @pytest.mark.parametrize("value", [8.0, 8, 1, True, 0.001])
 def test_any_number_above_zero_and_true_mean_on(value):
     assert FreqLossConfig.from_mapping({"freq_loss": {"guidance_token": value}}).guided
-    assert FreqLossConfig.from_mapping(parse_strings({"guidance_token": str(value).lower()})).guided
+    assert FreqLossConfig.from_mapping(parse_strings(FreqLossConfig, {"guidance_token": str(value).lower()})).guided
 
 
 @pytest.mark.parametrize("value", [0, 0.0, False])
@@ -78,7 +78,7 @@ def test_zero_and_false_mean_off(value):
     config = FreqLossConfig.from_mapping({"freq_loss": {"guidance_token": value}})
     assert not config.guided
     assert config == FreqLossConfig()
-    assert not FreqLossConfig.from_mapping(parse_strings({"guidance_token": str(value).lower()})).guided
+    assert not FreqLossConfig.from_mapping(parse_strings(FreqLossConfig, {"guidance_token": str(value).lower()})).guided
 
 
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf"), "yes", [1]])

@@ -54,7 +54,7 @@ def test_the_gradient_ratio_is_held_in_the_same_pass(stand_ins, name):
     base, term = gradients[None], gradients[0.25] - gradients[None]
     assert (term.norm() / base.norm()).item() == pytest.approx(0.25, rel=1e-3)
     numbers = hook.term.settle(1)
-    weight = numbers.others["weight"]
+    weight = numbers.others["freq_weight"]
     assert numbers.total == pytest.approx(weight * (0.7 * numbers.low + 0.3 * numbers.high), rel=1e-4)
     assert loss.item() == pytest.approx(numbers.base + numbers.total, rel=1e-5)
 
@@ -74,7 +74,7 @@ def test_the_gradient_ratio_is_held_by_the_extra_pass(stand_ins, name):
         loss.backward()
         extra, base = (prediction.grad for prediction in kept)
         numbers = hook.term.settle(1)
-        gain = numbers.others["weight"] / 0.003
+        gain = numbers.others["freq_weight"] / 0.003
         terms.append(extra.norm().item() / gain)
         prediction, target = stand_in.passes[0][:2]
         plain_mse = 2 * (prediction - target).norm().item() / prediction.numel()
@@ -83,8 +83,8 @@ def test_the_gradient_ratio_is_held_by_the_extra_pass(stand_ins, name):
         assert gain == pytest.approx(0.25 * (means[0] / means[1]) ** 0.5, rel=1e-3)
         bases.append(base.norm().item())
         cosine = torch.nn.functional.cosine_similarity(extra.flatten(), (prediction - target).flatten(), dim=0)
-        assert numbers.others["grad_cosine"] == pytest.approx(cosine.item(), abs=1e-4)
-        assert numbers.logs()["loss/freq_grad_cosine"] == numbers.others["grad_cosine"]
+        assert numbers.others["freq_grad_cosine"] == pytest.approx(cosine.item(), abs=1e-4)
+        assert numbers.logs()["loss/freq_grad_cosine"] == numbers.others["freq_grad_cosine"]
 
 
 @pytest.mark.sd_scripts

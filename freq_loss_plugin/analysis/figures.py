@@ -124,6 +124,31 @@ def spectrum_plot(comparison: SpectrumComparison, boundary_name: str, size: tupl
     return _render(figure)
 
 
+def weights_plot(weights: Mapping[str, Tensor], end: int, size: tuple[int, int] = (700, 420)) -> Tensor:
+    """Weights over timesteps 0..end as steps, one per bin, on a logarithmic scale.
+
+    Args:
+        weights: name to the weights of bins of equal width.
+        end: where the last bin ends.
+        size: width and height in pixels.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    figure = new_figure(*size)
+    axis = figure.add_axes([0.1, 0.12, 0.86, 0.84])
+    for color, (name, values) in zip(_CURVES[1:], weights.items(), strict=False):
+        axis.stairs(values.numpy(), torch.linspace(0, end, len(values) + 1).numpy(), color=color, label=name)
+    axis.axhline(1, color=COLORS[1], linewidth=0.8)
+    axis.set_yscale("log")
+    axis.set_xlim(0, end)
+    axis.set_xlabel("timestep", fontsize=8)
+    axis.set_ylabel("weight of the base loss", fontsize=8)
+    axis.tick_params(labelsize=7)
+    axis.legend(fontsize=8)
+    return _render(figure)
+
+
 def error_map_plot(maps: Bands, loss: FrequencyLoss, heading: str, side: int = 420) -> Tensor:
     """Both maps of `band_error_maps` as heat maps, with their means, L_low and L_high.
 

@@ -84,8 +84,10 @@ def _run_demo(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
             )
     prepared = demo.prepare(Path(overrides.get("output_dir", "output")), options.style or demo.TRAINED_STYLES[1])
     training, loss = settings.read(settings.override(prepared.values, overrides))
-    if not loss.enabled:
-        raise ConfigError("dist_match = 0: the demo compares plain MSE with the loss; set dist_match above 0")
+    if not loss.changes_the_loss:
+        raise ConfigError(
+            "dist_match = 0 without freq_loss_balance: the demo compares plain MSE with the loss; set one of them"
+        )
     if loss.guided:
         prepared.extract_features()
     toml = Path(training.output_dir) / "config.toml"

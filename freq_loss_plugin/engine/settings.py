@@ -14,9 +14,9 @@ from typing import Any
 import toml
 
 from ..loss.latents import NUM_TRAIN_TIMESTEPS, PredictionType
-from ..options.config import FreqLossConfig, check_section, parse_strings
+from ..options.config import FreqLossConfig, check_section
 from ..options.fields import ConfigError, check_options, key_of, nearest, option, wrong_value
-from ..options.parsing import flatten, parse_pairs
+from ..options.parsing import flatten, parse_pairs, parse_strings
 
 NETWORK_MODULES = ("kohya_patch", "networks.lora")
 # What diffusers.optimization.get_scheduler and sd-scripts both know.
@@ -171,7 +171,7 @@ def read(values: Mapping[str, Any]) -> tuple[Settings, FreqLossConfig]:
     """
     check_section(values.get("freq_loss", {}))
     flat = flatten(values)
-    given = parse_strings(_network_args(flat.pop("network_args", None)))
+    given = parse_strings(FreqLossConfig, _network_args(flat.pop("network_args", None)))
     loss = FreqLossConfig.from_mapping({**values, **given})
     known = {key_of(field): field.name for field in fields(Settings)}
     for key in flat:
@@ -181,6 +181,11 @@ def read(values: Mapping[str, Any]) -> tuple[Settings, FreqLossConfig]:
         flat["resolution"] = str(flat["resolution"])
     if flat.get("min_snr_gamma") == 0:
         del flat["min_snr_gamma"]  # as sd-scripts: 0 is off
+    if loss.balanced and flat.get("min_snr_gamma"):
+        raise ConfigError(
+            f"freq_loss_balance = {loss.balance!r} with min_snr_gamma = {flat['min_snr_gamma']}: both weigh the loss "
+            "by noise level; remove min_snr_gamma, or set freq_loss_balance = 'off'"
+        )
     settings = Settings(**{known[key]: value for key, value in flat.items() if key in known})
     return settings, _check_network_module(settings, loss, {*flat, *given})
 
@@ -254,12 +259,12 @@ def _check_network_module(settings: Settings, loss: FreqLossConfig, given: set[s
     if settings.network_module != "networks.lora":
         return loss
     options = sorted(given & FreqLossConfig.fields_by_key().keys() - {"min_snr_gamma"})
-    if options and (loss.enabled or loss.guided):
+    if options and (loss.changes_the_loss or loss.guided):
         raise ConfigError(
             f'network_module = "networks.lora" trains without the plug-in, and {options[0]} is given; set '
             'network_module = "kohya_patch", or remove the options of the loss'
         )
-    return replace(loss, dist_match=0.0)
+    return replace(loss, dist_match=0.0, balance="off")
 
 
 def _network_args(items: Any) -> dict[str, str]:

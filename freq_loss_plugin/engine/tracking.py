@@ -32,8 +32,10 @@ class Tracking:
         if self.is_on:
             self._accelerator.log(dict(values), step=step)
 
-    def log_image(self, name: str, image: Tensor, step: int) -> None:
-        """Log an image of shape (H, W, 3), 0..1."""
+    def log_image(self, name: str, image: Tensor | None, step: int) -> None:
+        """Log an image of shape (H, W, 3), 0..1, where there is one."""
+        if image is None:
+            return
         for tracker in self._accelerator.trackers if self.is_on else ():
             if tracker.name == "tensorboard":
                 tracker.writer.add_image(name, image.numpy(), step, dataformats="HWC")

@@ -9,7 +9,7 @@ One optimizer step (`Trainer._train_step`) goes through its batches n = step·gr
                              graph is alive at a time
     base pass                noise and timesteps from a generator that is seeded with seed and n
     base loss                mean squared error, with min-SNR weights if min_snr_gamma is set
-    join, backward           modes own and shared: the term of the base pass is added to the base loss
+    join, backward           own and shared: the term of the base pass is added to the base loss
 
 and then:
 
@@ -173,7 +173,9 @@ class Trainer:
         timesteps = torch.randint(*window, (len(indices),), generator=generator)
         timesteps = timesteps if plan.timesteps is None else plan.timesteps
         passed = self._pass(latents, timesteps, examples, generator)
-        self.backward(self._term.join(passed, self._base_loss(passed)))
+        balanced = self._term.balance(passed)
+        base_loss = self._base_loss(passed._replace(prediction=balanced.prediction), balanced.weights)
+        self.backward(self._term.join(passed, base_loss))
 
     def backward(self, loss: Tensor) -> None:
         """Backpropagate the loss of one batch."""
@@ -217,13 +219,13 @@ class Trainer:
             prediction, target = self._model.predict(latents.to(device), timesteps, noise, captions, features)
         return Pass(prediction, target, timesteps, self._alphas_cumprod)
 
-    def _base_loss(self, passed: Pass) -> Tensor:
+    def _base_loss(self, passed: Pass, weights: Tensor | None = None) -> Tensor:
         per_sample = (passed.prediction - passed.target).square().mean(dim=(1, 2, 3))
         gamma = self._settings.min_snr_gamma
         if gamma is not None:
             kind, alphas = self._settings.prediction_type, self._alphas_cumprod
             per_sample = per_sample * min_snr_weights(kind, passed.timesteps, alphas, gamma)
-        return per_sample.mean()
+        return (per_sample if weights is None else per_sample * weights).mean()
 
     def _make_term(self, first_batch: int) -> FrequencyTerm:
         settings = self._settings
@@ -261,12 +263,14 @@ class Trainer:
         logs = {"loss/current": metrics.base + metrics.total, "lr/unet": self._schedule.get_last_lr()[0]}
         if self._loss.enabled:
             text += f", low {metrics.low:.4f}, high {metrics.high:.4f}, term {metrics.fraction:.1%}"
-            logs |= metrics.logs()
+        logs |= metrics.logs(has_term=self._loss.enabled)
         bar.set_postfix_str(text)
         bar.update()
         if metrics.message is not None and self._loss.enabled:
             bar.write(f"freq_loss: {metrics.message.text}", file=sys.stdout)
         tracking.log(logs, self._step)
+        if tracking.is_on:
+            tracking.log_image("loss/balance_weights", self._term.balance_plot(), self._step)
 
     def _is_time_to_save(self) -> bool:
         every = self._settings.save_every_n_steps

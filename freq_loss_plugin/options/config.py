@@ -17,10 +17,11 @@ from ..loss.latents import NUM_TRAIN_TIMESTEPS, PredictionType
 from ..loss.params import BandSpec, LossSpec, Reduction, SampleWeighting
 from ..version import __version__
 from .fields import ConfigError, check_options, key_of, nearest, option, wrong_value
-from .parsing import flatten, parse
+from .parsing import flatten
 
 Timesteps = Literal["unified", "shared", "own"]
 Scope = Literal["global", "local"]
+Balance = Literal["off", "timestep", "band"]
 
 # The section of the TOML that holds the options, and the beginning of every key but dist_match.
 SECTION = "freq_loss"
@@ -91,6 +92,13 @@ class FreqLossConfig:
     validation: bool = _option(
         False, "when the trainer validates, log the bands and the spectrum of the validation images"
     )
+    balance: Balance = _option(
+        "off",
+        "weigh the base loss by the running mean loss of its noise level (timestep), or of its noise level and band "
+        "(band), to the power -balance_power",
+        choices=get_args(Balance),
+    )
+    balance_power: float = _option(0.5, "how strongly balance acts, above 0 and at most 1; 0.5 balances halfway")
     guidance_token: float = _option(
         0.0, "above 0 or true: the CLIP features of each image replace the last text token", key="guidance_token"
     )
@@ -111,6 +119,16 @@ class FreqLossConfig:
     def enabled(self) -> bool:
         """False where ``dist_match`` is 0: nothing is added to the loss."""
         return self.dist_match > 0
+
+    @property
+    def balanced(self) -> bool:
+        """Whether the base loss is weighed by `freq_loss_plugin.training.loss_balance`."""
+        return self.balance != "off"
+
+    @property
+    def changes_the_loss(self) -> bool:
+        """Whether a term is added to the base loss, or the base loss is weighed."""
+        return self.enabled or self.balanced
 
     @property
     def guided(self) -> bool:
@@ -222,8 +240,9 @@ class FreqLossConfig:
                 raise wrong_value(self, name, "a finite number >= 0")
         if self.batch_history < 0:
             raise wrong_value(self, "batch_history", "a whole number >= 0: how many batches are remembered; 0 for none")
-        if not 0 < self.history_decay <= 1:
-            raise wrong_value(self, "history_decay", "a number above 0 and at most 1")
+        for name in ("history_decay", "balance_power"):
+            if not 0 < getattr(self, name) <= 1:
+                raise wrong_value(self, name, "a number above 0 and at most 1")
         if not 0 < self.min_snr_gamma < math.inf:
             raise wrong_value(self, "min_snr_gamma", "a finite number > 0; 5 is usual")
         for name in ("min_timestep", "max_timestep"):
@@ -261,16 +280,6 @@ def check_section(section: Mapping[str, Any]) -> None:
     for key in section:
         if key not in FreqLossConfig.fields_by_key():
             raise _unknown_key(key, f"in [{SECTION}]")
-
-
-def parse_strings(values: Mapping[str, str]) -> dict[str, Any]:
-    """Give the strings that belong to options their type; other keys pass unchanged.
-
-    Raises:
-        ConfigError: a string that is no value of the option's type.
-    """
-    by_key = {key_of(each): each for each in fields(FreqLossConfig)}
-    return {key: parse(by_key[key], value) if key in by_key else value for key, value in values.items()}
 
 
 def _check_foreign_keys(flat: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from typing import Any
 
 from .fields import ConfigError, expectation, key_of, type_name
@@ -54,3 +55,13 @@ def _parse_float(value: str) -> float | bool:
 
 def _parse_bool(value: str) -> bool:
     return {"true": True, "1": True, "false": False, "0": False}[value.lower()]
+
+
+def parse_strings(options: type, values: Mapping[str, str]) -> dict[str, Any]:
+    """Give the strings that belong to an option dataclass their type; other keys pass unchanged.
+
+    Raises:
+        ConfigError: a string that is no value of the option's type.
+    """
+    by_key = {key_of(each): each for each in fields(options)}
+    return {key: parse(by_key[key], value) if key in by_key else value for key, value in values.items()}

@@ -114,9 +114,9 @@ class GradientBalance:
             else:
                 self.ratio.observe(term=term.gradient, stand_in=reference)
             gain = self.ratio.gain(term.gradient.device)
-            logs["weight"] = gain * self._config.dist_match
+            logs["freq_weight"] = gain * self._config.dist_match
         if self._config.grad_cosine:
-            logs["grad_cosine"] = F.cosine_similarity(
+            logs["freq_grad_cosine"] = F.cosine_similarity(
                 term.gradient.flatten(), reference.flatten().to(term.gradient), dim=0
             )
         total = with_gradient(prediction, gain * term.loss.total, gain * term.gradient)

@@ -25,16 +25,17 @@ def describe(config: FreqLossConfig, model: str, network_module: str, *, feature
         features: those of the guidance token, where it is on.
     """
     token = _describe_token(config, features)
-    if not config.enabled and not token:
+    if not config.changes_the_loss and not token:
         return [
             f"freq_loss {__version__}: off (dist_match = 0); {network_module} trains exactly as without the plug-in"
         ]
-    if not config.enabled:
+    if not config.changes_the_loss:
         return [f"freq_loss {__version__}: the loss is off (dist_match = 0) for {model}", *token]
     keys = {name: key for key, name in FreqLossConfig.fields_by_key().items()}
     shown = {keys[option.name]: getattr(config, option.name) for option in fields(config)}
     shown["freq_loss_network_module"] = network_module
-    lines = [f"freq_loss {__version__}: on for {model}"]
+    on = "on" if config.enabled else "no frequency term (dist_match = 0), and a balanced base loss,"
+    lines = [f"freq_loss {__version__}: {on} for {model}"]
     lines += [f"  {key} = {value}{_remark(key, config)}" for key, value in shown.items() if _matters(key, config)]
     memory = f"; {config.batch_history} latents per bucket are kept" if config.batch_history else ""
     balance = (
@@ -42,7 +43,10 @@ def describe(config: FreqLossConfig, model: str, network_module: str, *, feature
         if config.gradient_ratio or config.grad_cosine
         else ""
     )
-    lines.append(f"  cost: {_cost(config)}{memory}{balance}")
+    if config.enabled:
+        lines.append(f"  cost: {_cost(config)}{memory}{balance}")
+    if config.balanced:
+        lines.append("  cost of the balance: a few plain MSEs per batch; its weights follow the run, and begin at 1")
     return [*lines, *token]
 
 
@@ -106,8 +110,13 @@ def _describe_token(config: FreqLossConfig, features: Features | None) -> list[s
 def _matters(key: str, config: FreqLossConfig) -> bool:
     """Whether an option matters under the others."""
     needs_method = {"freq_loss_wavelet": "wavelet", "freq_loss_levels": "wavelet", "freq_loss_cutoff": "fft"}
+    if key in ("freq_loss_balance", "freq_loss_balance_power"):
+        return config.balanced
+    splits = config.enabled or config.balance == "band"
     if key in needs_method:
-        return config.resolved_method == needs_method[key]
+        return splits and config.resolved_method == needs_method[key]
+    if not config.enabled:
+        return key == "freq_loss_network_module" or (key == "freq_loss_method" and splits)
     if key == "freq_loss_history_decay":
         return config.batch_history > 0
     if key in ("freq_loss_gradient_ratio", "freq_loss_grad_cosine", "freq_loss_validation"):

@@ -56,14 +56,17 @@ class StepMetrics(NamedTuple):
         """The term's fraction of the whole loss, 0 to 1."""
         return self.total / (self.base + self.total) if self.base + self.total else 0.0
 
-    def logs(self) -> dict[str, float]:
-        """As TensorBoard and W&B show them."""
+    def logs(self, *, has_term: bool = True) -> dict[str, float]:
+        """As TensorBoard and W&B show them; without a frequency term the others alone."""
+        others = {f"loss/{name}": value for name, value in self.others.items()}
+        if not has_term:
+            return others
         return {
             "loss/freq_low": self.low,
             "loss/freq_high": self.high,
             "loss/freq_total": self.total,
             "loss/freq_fraction": self.fraction,
-            **{f"loss/freq_{name}": value for name, value in self.others.items()},
+            **others,
         }
 
     @classmethod

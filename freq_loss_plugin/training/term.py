@@ -4,6 +4,7 @@ A trainer goes through these calls with every batch, and `settle` before every o
 
     plan = term.plan(count, draw)         at which timesteps the batch trains, and whether it has an extra pass
     term.extra_pass(passed, backward)     unified: what the extra pass returned
+    balanced = term.balance(passed)       what the base loss is computed from
     loss = term.join(passed, base_loss)   what the base pass returned; the loss to propagate
     metrics = term.settle(step)           the numbers; raises where one of them is not finite
 """
@@ -16,6 +17,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..loss.latents import PredictionType, residual_scale
@@ -25,6 +27,7 @@ from ..options.config import FreqLossConfig
 from .batch_history import BatchHistory
 from .distributed import sum_over_processes, there_are_several
 from .gradient_balance import GradientBalance, GradientRatio, base_gradient, detached_term, mse_gradient
+from .loss_balance import Balanced, LossBalance
 from .messages import FractionReport
 from .monitor import StepMetrics, TermMonitor
 from .passes import Pass, Plan
@@ -69,6 +72,7 @@ class FrequencyTerm:
         self._extra: _Term | None = None
         self._history = BatchHistory(config) if config.enabled and config.batch_history else None
         self._balance = GradientBalance(config) if GradientBalance.is_wanted(config) else None
+        self._loss_balance = LossBalance(config) if config.balanced else None
         self._monitor = TermMonitor()
         self._fraction = FractionReport(max_train_steps, ratio_is_fixed=bool(config.gradient_ratio))
         self._schedules: dict[torch.device, Tensor] = {}
@@ -97,6 +101,14 @@ class FrequencyTerm:
             self._plan = Plan(name, has_term=True)
         return self._plan
 
+    def balance(self, passed: Pass) -> Balanced:
+        """The prediction and sample weights from which the base loss of a pass is computed; see `LossBalance`."""
+        return Balanced(passed.prediction) if self._loss_balance is None else self._loss_balance.balance(passed)
+
+    def balance_plot(self) -> Tensor | None:
+        """After `settle`: now and then an image of the balance's weights; see `LossBalance.plot`."""
+        return None if self._loss_balance is None else self._loss_balance.plot()
+
     def extra_pass(self, passed: Pass, backward: Callable[[Tensor], None]) -> None:
         """Take the extra pass of ``unified``, and propagate its term at once, so that one graph is alive at a time."""
         reference = functools.partial(mse_gradient, passed.prediction, passed.target)
@@ -121,7 +133,10 @@ class FrequencyTerm:
         else:
             zero = torch.zeros((), device=base_loss.device)
             term = _Term(FrequencyLoss(zero, zero, zero), passed)
-        self._monitor.add(base_loss, term.loss, term.passed, term.logs)
+        logs = dict(term.logs)
+        if self._loss_balance is not None:
+            logs["balance_unweighted"] = F.mse_loss(passed.prediction.detach().float(), passed.target.detach().float())
+        self._monitor.add(base_loss, term.loss, term.passed, logs)
         return base_loss + term.loss.total.to(base_loss.dtype)
 
     def settle(self, step: int) -> StepMetrics | None:
@@ -137,7 +152,8 @@ class FrequencyTerm:
         if not batches:
             return None
         metrics = StepMetrics.mean(batches)
-        return metrics._replace(message=self._fraction.add_step(step, metrics.fraction))
+        message = self._fraction.add_step(step, metrics.fraction) if self.config.enabled else None
+        return metrics._replace(message=message)
 
     @torch.no_grad()
     def evaluate(self, passed: Pass) -> FrequencyLoss:
@@ -173,9 +189,9 @@ class FrequencyTerm:
                 missing.append(part)
         return missing
 
-    def _kept(self) -> dict[str, BatchHistory | GradientRatio]:
+    def _kept(self) -> dict[str, BatchHistory | GradientRatio | LossBalance]:
         ratio = self._balance.ratio if self._balance is not None else None
-        parts = {"batch_history": self._history, "gradient_ratio": ratio}
+        parts = {"batch_history": self._history, "gradient_ratio": ratio, "balance": self._loss_balance}
         return {name: part for name, part in parts.items() if part is not None}
 
     def _share_timestep(
