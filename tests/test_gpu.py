@@ -11,7 +11,13 @@ from freq_loss_plugin import FreqLossConfig, frequency_matching_loss
 from freq_loss_plugin.training.passes import Pass
 from freq_loss_plugin.training.term import FrequencyTerm
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+    # What PyTorch says of itself: the first use of cuBLAS, and that the mode below is a prototype.
+    pytest.mark.filterwarnings("ignore::UserWarning:torch"),
+    pytest.mark.filterwarnings("ignore:.*cuBLAS:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*[Ss]ynchronization debug mode:UserWarning"),
+]
 
 DEVICE = torch.device("cuda")
 ALPHAS = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, dim=0)
@@ -23,8 +29,8 @@ BATCH = 4
 def no_synchronization():
     """An error wherever the CPU waits for the device."""
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
