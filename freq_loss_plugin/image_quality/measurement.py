@@ -1,0 +1,139 @@
+"""One training image: its blur, its compression and its noise, at the size at which it is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .defects import Defect
+from .edges import SHARP, edge_blur
+from .jpeg import quality_of_pixels, quality_of_tables
+from .noise import estimate_noise
+from .spectrum import fit_power_law
+
+# A good image, enlarged n times by the usual methods, has a blur of this times n at its edges.
+_BLUR_OF_ENLARGING = 0.375
+# An image enlarged less than twice is hard to tell from a soft photograph, and hardly matters.
+_WORST_GOOD_RESOLUTION = 0.5
+# From here on artifacts of JPEG, and noise, are taken as good: at d' = 4 they matter at the first few noise levels.
+GOOD_JPEG, GOOD_NOISE = 70, 6.0
+# JPEG of an image that is reduced more than this before training has lost its artifacts.
+_MOST_REDUCED = 4.0
+# Sides below this tell nothing.
+_LEAST_SIDE = 64
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was found in one image.
+
+    Attributes:
+        size: width and height of the file, in pixels.
+        trained: width and height to which the image is resized before it is cropped and trained.
+        blur: σ at its sharpest edges in pixels of ``trained``; None where it is not known.
+        resolution: effective resolution, as a fraction of that of ``trained``; 1 where nothing is known against it.
+        jpeg: quality, 1..100; None where it is no JPEG, or cannot be told.
+        noise: standard deviation, on the scale 0..255.
+        notes: what the user should know, for instance that nothing could be measured.
+    """
+
+    size: tuple[int, int]
+    trained: tuple[int, int]
+    blur: float | None = None
+    resolution: float = 1.0
+    jpeg: int | None = None
+    noise: float = 0.0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def defect(self) -> Defect:
+        """What is wrong with the image, in steps that are coarse enough to be shared by many images."""
+        scale = self.size[0] / self.trained[0]
+        has_artifacts = self.jpeg is not None and self.jpeg < GOOD_JPEG and scale <= _MOST_REDUCED
+        return Defect(
+            resolution=1.0 if self.resolution >= 1 else _in_steps(self.resolution, 6),
+            jpeg=max(5, 5 * round(self.jpeg / 5)) if has_artifacts and self.jpeg is not None else None,
+            jpeg_scale=_in_steps(scale, 2) if has_artifacts else 1.0,
+            noise=_in_steps(self.noise, 4) if self.noise > GOOD_NOISE else 0.0,
+        )
+
+
+def measure_file(file: Path, trained: tuple[int, int] | None = None) -> Measurement:
+    """Measure an image file.
+
+    Args:
+        file: the image.
+        trained: width and height to which it is resized before training; its own size where left out.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with Image.open(file) as image:
+        jpeg = quality_of_tables(getattr(image, "quantization", None) or {})
+        notes = _notes(image)
+        rgb = image.convert("RGB")
+    found = measure_image(rgb, trained, jpeg)
+    return replace(found, notes=(*notes, *found.notes))
+
+
+def measure_image(
+    image: Image.Image, trained: tuple[int, int] | None = None, jpeg: int | None = None
+) -> Measurement:
+    """Measure an RGB image.
+
+    Args:
+        image: the image.
+        trained: as for `measure_file`.
+        jpeg: its quality, where its file tells.
+    """
+    size = image.size
+    trained = trained or size
+    empty = Measurement(size, trained, jpeg=jpeg)
+    if image.getextrema() == tuple((low, low) for low, _ in image.getextrema()):
+        return replace(empty, notes=("one color: nothing to measure, taken as good",))
+    known = trained[0] and min(size[0] / trained[0], size[1] / trained[1])
+    bound = known if known < _WORST_GOOD_RESOLUTION else 1.0
+    if min(size) < _LEAST_SIDE:
+        note = f"{size[0]}×{size[1]} pixels are too few to measure"
+        return replace(empty, resolution=bound, notes=(note if bound < 1 else f"{note}, taken as good",))
+    if jpeg is None:
+        jpeg = quality_of_pixels(as_pixels(image))
+    if trained != size:
+        image = image.resize(trained, Image.Resampling.LANCZOS if bound < 1 or known < 1 else Image.Resampling.BOX)
+    pixels = as_pixels(image)
+    blur, resolution, notes = _sharpness(pixels, is_jpeg=jpeg is not None and jpeg < GOOD_JPEG)
+    noise = estimate_noise(pixels)
+    return Measurement(size, trained, blur, min(resolution, bound), jpeg, noise, notes)
+
+
+def as_pixels(image: Image.Image) -> Tensor:
+    """An RGB image as a tensor of shape (3, H, W), 0..1."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+
+
+def _sharpness(pixels: Tensor, *, is_jpeg: bool) -> tuple[float | None, float, tuple[str, ...]]:
+    """Blur, effective resolution and notes."""
+    blur = edge_blur(pixels, ignore_grid=is_jpeg)
+    if blur is None:
+        return None, 1.0, ("too few edges to measure a blur, taken as good",)
+    resolution = _BLUR_OF_ENLARGING / blur if blur > SHARP else 1.0
+    if resolution == 1 or fit_power_law(pixels, blur).is_a_law:
+        return blur, resolution, ()
+    return None, 1.0, ("soft by nature, its spectrum follows no power law: unknown, taken as good",)
+
+
+def _notes(image: Image.Image) -> tuple[str, ...]:
+    transparent = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+    grey = image.mode in ("L", "LA", "I", "F", "1", "I;16")
+    notes = {"transparent: measured without its transparency": transparent, "grey: its noise is not known": grey}
+    return tuple(note for note, holds in notes.items() if holds)
+
+
+def _in_steps(value: float, per_octave: int) -> float:
+    """Rounded on a logarithmic scale, so that 0.12 and 0.13 are one defect."""
+    return float(2 ** (round(per_octave * np.log2(value)) / per_octave))
