@@ -37,10 +37,11 @@ SHARP = 1.0
 _LEAST_EDGES = 20
 # An image is sharp if this fraction of its edges is, and no fewer than half of ``_LEAST_EDGES``.
 _SHARP_FRACTION = 0.03
-# The blur of an image that is not: this quantile of its edges' (the softer ones were out of focus before).
-_QUANTILE = 0.1
+# The blur of an image that is not: this quantile of its edges' (the softer ones were out of focus before), at most so
+# many times that of the sharpest.
+_QUANTILE, _MOST_SPREAD = 0.1, 1.35
 # Images are judged by those of their tiles that have most contrast.
-_TILE, _MOST_TILES = 128, 12
+_TILE, _MOST_TILES = 128, 10
 # Pixels at the border of a tile where no edge is looked for.
 _BORDER = 6
 
@@ -49,7 +50,7 @@ def edge_blur(pixels: Tensor, *, ignore_grid: bool = False) -> float | None:
     """Standard deviation of the blur at the sharpest edges.
 
     Args:
-        pixels: shape (C, H, W), 0..1.
+        pixels: shape (3, H, W), 0..1.
         ignore_grid: leave out edges along the borders of 8×8 blocks, which JPEG makes.
 
     Returns:
@@ -59,7 +60,9 @@ def edge_blur(pixels: Tensor, *, ignore_grid: bool = False) -> float | None:
     if len(blurs) < _LEAST_EDGES:
         return None
     sharpest = float(blurs[max(_LEAST_EDGES // 2, int(_SHARP_FRACTION * len(blurs)))])
-    return sharpest if sharpest <= SHARP else float(torch.quantile(blurs, _QUANTILE))
+    if sharpest <= SHARP:
+        return sharpest
+    return min(float(torch.quantile(blurs, _QUANTILE)), _MOST_SPREAD * sharpest)
 
 
 def _busiest_tiles(pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,11 +73,12 @@ def _busiest_tiles(pixels: Tensor) -> tuple[Tensor, Tensor]:
         for row in _starts(pixels.shape[1], height)
         for column in _starts(pixels.shape[2], width)
     ]
+    if len(places) > _MOST_TILES:
+        steps = (pixels[1, :, 1:] - pixels[1, :, :-1]).square()
+        contrast = [float(steps[row : row + height, column : column + width].sum()) for row, column in places]
+        ranked = sorted(zip(contrast, places, strict=True), reverse=True)
+        places = [place for _, place in ranked[:_MOST_TILES]]
     tiles = torch.stack([pixels[:, row : row + height, column : column + width] for row, column in places])
-    if len(tiles) > _MOST_TILES:
-        contrast = (tiles[..., 1:] - tiles[..., :-1]).square().mean(dim=(1, 2, 3))
-        chosen = contrast.argsort(descending=True)[:_MOST_TILES]
-        return tiles[chosen], torch.tensor(places)[chosen]
     return tiles, torch.tensor(places)
 
 

@@ -26,6 +26,7 @@ _STANDARD = torch.tensor(
 _QUALITIES = range(5, 75, 5)
 # The low frequencies, which keep most values: row + column of at most this.
 _HIGHEST_SUM = 4
+# So many different values are needed: the blocks of a pattern with a period of 8 pixels are all alike.
 _LEAST_VALUES, _MOST_BLOCKS = 40, 2048
 # How near the values must be to multiples of the table's: the mean of cos(2π·value / step), 1 being on them.
 _LEAST_SCORE = 0.75
@@ -62,7 +63,8 @@ def quality_of_pixels(pixels: Tensor) -> int | None:
     for quality in _QUALITIES:  # the worst first: a divisor of its steps would fit as well
         steps = _table(quality)[_low_frequencies()].to(values.dtype)
         kept = values.abs() > steps / 2
-        if int(kept.sum()) < _LEAST_VALUES or int(kept.any(dim=0).sum()) < 3:
+        different = values[kept].mul(10).round().unique()
+        if len(different) < _LEAST_VALUES or int(kept.any(dim=0).sum()) < 3:
             continue
         if float(torch.cos(2 * math.pi * values / steps)[kept].mean()) > _LEAST_SCORE:
             return quality

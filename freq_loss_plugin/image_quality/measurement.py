@@ -96,16 +96,16 @@ def measure_image(
     empty = Measurement(size, trained, jpeg=jpeg)
     if image.getextrema() == tuple((low, low) for low, _ in image.getextrema()):
         return replace(empty, notes=("one color: nothing to measure, taken as good",))
-    known = trained[0] and min(size[0] / trained[0], size[1] / trained[1])
-    bound = known if known < _WORST_GOOD_RESOLUTION else 1.0
+    reduction = min(size[0] / trained[0], size[1] / trained[1])
+    bound = reduction if reduction < _WORST_GOOD_RESOLUTION else 1.0
     if min(size) < _LEAST_SIDE:
         note = f"{size[0]}×{size[1]} pixels are too few to measure"
         return replace(empty, resolution=bound, notes=(note if bound < 1 else f"{note}, taken as good",))
-    if jpeg is None:
-        jpeg = quality_of_pixels(as_pixels(image))
-    if trained != size:
-        image = image.resize(trained, Image.Resampling.LANCZOS if bound < 1 or known < 1 else Image.Resampling.BOX)
     pixels = as_pixels(image)
+    if jpeg is None:
+        jpeg = quality_of_pixels(pixels)
+    if trained != size:
+        pixels = as_pixels(image.resize(trained, Image.Resampling.LANCZOS))
     blur, resolution, notes = _sharpness(pixels, is_jpeg=jpeg is not None and jpeg < GOOD_JPEG)
     noise = estimate_noise(pixels)
     return Measurement(size, trained, blur, min(resolution, bound), jpeg, noise, notes)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 _BLOCK = 16
+# Of a large image, the middle is enough.
+_MOST_SIDE = 512
 # Of the blocks, the quietest third decides: the rest may have colored detail.
 _QUANTILE = 0.3
 # Of noise alone, that quantile is so much of its standard deviation.
@@ -32,10 +34,11 @@ def estimate_noise(pixels: Tensor) -> float:
     Returns:
         On the scale 0..255; 0 for a grey image.
     """
-    height, width = (side // _BLOCK * _BLOCK for side in pixels.shape[1:])
+    height, width = (min(side // _BLOCK * _BLOCK, _MOST_SIDE) for side in pixels.shape[1:])
     if min(height, width) < 4 * _BLOCK:
         return 0.0
-    pixels = pixels[:, :height, :width]
+    top, left = (pixels.shape[1] - height) // 2, (pixels.shape[2] - width) // 2
+    pixels = pixels[:, top : top + height, left : left + width]
     middle = pixels.mean(dim=0).unfold(0, _BLOCK, _BLOCK).unfold(1, _BLOCK, _BLOCK).mean(dim=(2, 3))
     lit = (middle > _DARKEST) & (middle < _BRIGHTEST)
     if lit.sum() < 8:

@@ -31,7 +31,7 @@ class SpectrumFit(NamedTuple):
     """A spectrum and the law that its lowest octaves follow.
 
     Attributes:
-        spectrum: of the image, windowed.
+        spectrum: of the mean of the image's channels, windowed.
         exponent: n of the fit, without the blur.
         expected: the power that the law expects at the frequencies of ``spectrum``, n being at most 3.
         is_a_law: whether photographs and drawings fall off like this.
@@ -50,6 +50,7 @@ def fit_power_law(pixels: Tensor, blur: float = 0.0) -> SpectrumFit:
         pixels: shape (C, H, W), 0..1, sides of at least 16.
         blur: σ in pixels of a Gaussian whose effect on these octaves is taken out of the fit.
     """
+    pixels = pixels.mean(dim=0, keepdim=True)
     height, width = pixels.shape[1:]
     window = torch.outer(torch.hann_window(height, periodic=False), torch.hann_window(width, periodic=False))
     mean = (pixels * window).sum(dim=(1, 2), keepdim=True) / window.sum()
