@@ -28,8 +28,9 @@ _QUALITIES = range(5, 75, 5)
 _HIGHEST_SUM = 4
 # So many different values are needed: the blocks of a pattern with a period of 8 pixels are all alike.
 _LEAST_VALUES, _MOST_BLOCKS = 40, 2048
-# How near the values must be to multiples of the table's: the mean of cos(2π·value / step), 1 being on them.
-_LEAST_SCORE = 0.75
+# How near the values must be to multiples of the table's: the mean of cos(2π·value / step), 1 being on them, and the
+# median distance, of which rounding and clipped pixels make 0.3 to 2.
+_LEAST_SCORE, _MOST_DISTANCE = 0.75, 3.0
 
 
 def quality_of_tables(tables: Mapping[int, Sequence[int]]) -> int | None:
@@ -66,7 +67,9 @@ def quality_of_pixels(pixels: Tensor) -> int | None:
         different = values[kept].mul(10).round().unique()
         if len(different) < _LEAST_VALUES or int(kept.any(dim=0).sum()) < 3:
             continue
-        if float(torch.cos(2 * math.pi * values / steps)[kept].mean()) > _LEAST_SCORE:
+        distances = (values - steps * (values / steps).round()).abs()[kept]
+        score = torch.cos(2 * math.pi * values / steps)[kept].mean()
+        if score > _LEAST_SCORE and distances.median() < _MOST_DISTANCE:
             return quality
     return None
 
