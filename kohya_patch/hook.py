@@ -86,7 +86,7 @@ class LossHook:
             earlier.uninstall()
         self._trainer._freq_loss_hook = self
         replacements = {"update_metadata": self._update_metadata}
-        if self._config.changes_the_loss:
+        if self._config.changes_training:
             replacements |= {
                 "process_batch": self._process_batch,
                 _PASS: self._get_noise_pred_and_target,
@@ -222,7 +222,7 @@ class LossHook:
             return result
         metadata = call["metadata"]
         metadata["ss_network_module"] = self._network_module
-        if self._config.changes_the_loss or self._tokens is not None:
+        if self._config.changes_training or self._tokens is not None:
             metadata.update(self._config.file_metadata(self._network_module))
         if self._tokens is not None:
             metadata.update(guidance.file_metadata(self._config.guidance_token, self._tokens.features))

@@ -15,7 +15,7 @@ from typing import Any
 import toml
 
 from freq_loss_plugin import ConfigError, FreqLossConfig
-from freq_loss_plugin.options.config import SECTION, check_section
+from freq_loss_plugin.options.keys import SECTION
 from freq_loss_plugin.options.parsing import parse_pairs, parse_strings
 
 from . import balance, guidance, host, report
@@ -88,7 +88,7 @@ def check(run: TrainingRun) -> FreqLossConfig:
     if config.balanced:
         balance.check(config, args, family)
         host.check_methods(trainer, host.BALANCE_METHODS)
-    if config.changes_the_loss:
+    if config.changes_training:
         _check_against_trainer(config, args, family)
         _check_host(config, args, trainer, family)
     if config.guided:
@@ -113,7 +113,7 @@ def read_config(args: argparse.Namespace) -> FreqLossConfig:
     sd-scripts flattens its TOML into ``args``, by which a key of ``[freq_loss]`` that is spelled like nothing known is
     lost among its own; the section is therefore looked at once more in the file.
     """
-    check_section(_toml_section(args))
+    FreqLossConfig.check_section(_toml_section(args))
     own = [item for item in getattr(args, "network_args", None) or [] if FreqLossConfig.claims(item.partition("=")[0])]
     values = {**vars(args), **parse_strings(FreqLossConfig, parse_pairs(own))}
     return FreqLossConfig.from_mapping(values)

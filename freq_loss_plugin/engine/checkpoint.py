@@ -72,7 +72,7 @@ def metadata(settings: Settings, loss: FreqLossConfig, data: DataSet, step: int,
         "ss_tag_frequency": json.dumps(data.tag_frequency),
     }
     texts = {key: str(value) for key, value in entries.items()}
-    if loss.changes_the_loss or data.features is not None:
+    if loss.changes_training or data.features is not None:
         texts |= loss.file_metadata(NETWORK_MODULE)
     return texts if data.features is None else texts | file_metadata(loss.guidance_token, data.features)
 

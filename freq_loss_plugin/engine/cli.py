@@ -84,9 +84,10 @@ def _run_demo(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
             )
     prepared = demo.prepare(Path(overrides.get("output_dir", "output")), options.style or demo.TRAINED_STYLES[1])
     training, loss = settings.read(settings.override(prepared.values, overrides))
-    if not loss.changes_the_loss:
+    if not loss.changes_training:
         raise ConfigError(
-            "dist_match = 0 without freq_loss_balance: the demo compares plain MSE with the loss; set one of them"
+            "dist_match = 0 without freq_loss_balance or freq_loss_image_quality: the demo compares plain MSE with "
+            "them; set one of the three"
         )
     if loss.guided:
         prepared.extract_features()

@@ -14,8 +14,9 @@ from typing import Any
 import toml
 
 from ..loss.latents import NUM_TRAIN_TIMESTEPS, PredictionType
-from ..options.config import FreqLossConfig, check_section
+from ..options.config import FreqLossConfig
 from ..options.fields import ConfigError, check_options, key_of, nearest, option, wrong_value
+from ..options.keys import SECTION
 from ..options.parsing import flatten, parse_pairs, parse_strings
 
 NETWORK_MODULES = ("kohya_patch", "networks.lora")
@@ -169,7 +170,7 @@ def read(values: Mapping[str, Any]) -> tuple[Settings, FreqLossConfig]:
     Raises:
         ConfigError: a key that neither the engine nor the loss knows, or an invalid value.
     """
-    check_section(values.get("freq_loss", {}))
+    FreqLossConfig.check_section(values.get(SECTION, {}))
     flat = flatten(values)
     given = parse_strings(FreqLossConfig, _network_args(flat.pop("network_args", None)))
     loss = FreqLossConfig.from_mapping({**values, **given})
@@ -246,10 +247,10 @@ def as_toml(settings: Settings, loss: FreqLossConfig) -> str:
     options = {
         keys[field.name]: getattr(loss, field.name)
         for field in fields(FreqLossConfig)
-        if field.name == "dist_match" or getattr(loss, field.name) != field.default
+        if field.name == "dist_match" or getattr(loss, field.name) not in (field.default, None)
     }
     options.pop("min_snr_gamma", None)  # it is among the training settings
-    return toml.dumps({"training": training, "freq_loss": options})
+    return toml.dumps({"training": training, SECTION: options})
 
 
 def _check_network_module(settings: Settings, loss: FreqLossConfig, given: set[str]) -> FreqLossConfig:
@@ -259,12 +260,12 @@ def _check_network_module(settings: Settings, loss: FreqLossConfig, given: set[s
     if settings.network_module != "networks.lora":
         return loss
     options = sorted(given & FreqLossConfig.fields_by_key().keys() - {"min_snr_gamma"})
-    if options and (loss.changes_the_loss or loss.guided):
+    if options and (loss.changes_training or loss.guided):
         raise ConfigError(
             f'network_module = "networks.lora" trains without the plug-in, and {options[0]} is given; set '
             'network_module = "kohya_patch", or remove the options of the loss'
         )
-    return replace(loss, dist_match=0.0, balance="off")
+    return replace(loss, dist_match=0.0, balance="off", image_quality="off", image_rules=None)
 
 
 def _network_args(items: Any) -> dict[str, str]:

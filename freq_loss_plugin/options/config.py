@@ -16,20 +16,15 @@ from ..loss.bands import METHODS, Method
 from ..loss.latents import NUM_TRAIN_TIMESTEPS, PredictionType
 from ..loss.params import BandSpec, LossSpec, Reduction, SampleWeighting
 from ..version import __version__
-from .fields import ConfigError, check_options, key_of, nearest, option, wrong_value
-from .parsing import flatten
+from . import image_rules, keys
+from .fields import ConfigError, check_options, key_of, option, wrong_value
+from .image_rules import ImageRules
+from .keys import PREFIX
 
 Timesteps = Literal["unified", "shared", "own"]
 Scope = Literal["global", "local"]
 Balance = Literal["off", "timestep", "band"]
-
-# The section of the TOML that holds the options, and the beginning of every key but dist_match.
-SECTION = "freq_loss"
-PREFIX = "freq_loss_"
-
-# How alike a foreign key must be to one of ours before it counts as a typo.
-_TYPO_CUTOFF = 0.84
-
+ImageQuality = Literal["off", "auto"]
 
 _option = functools.partial(option, prefix=PREFIX)
 
@@ -99,6 +94,18 @@ class FreqLossConfig:
         choices=get_args(Balance),
     )
     balance_power: float = _option(0.5, "how strongly balance acts, above 0 and at most 1; 0.5 balances halfway")
+    image_quality: ImageQuality = _option(
+        "off",
+        "auto: measure the training images, and train those that are blurred, enlarged, noisy or compressed only at "
+        "the noise levels at which that cannot be seen",
+        choices=get_args(ImageQuality),
+    )
+    image_quality_threshold: float = _option(
+        16.0, "squared detectability d'^2 above which a defect counts as seen, above 0; lower is stricter"
+    )
+    image_rules: ImageRules | None = _option(
+        None, "what is known of folders of images; see docs/image-quality.md", key=image_rules.KEY
+    )
     guidance_token: float = _option(
         0.0, "above 0 or true: the CLIP features of each image replace the last text token", key="guidance_token"
     )
@@ -112,6 +119,7 @@ class FreqLossConfig:
         if isinstance(self.guidance_token, bool):
             object.__setattr__(self, "guidance_token", float(self.guidance_token))
         check_options(self)
+        image_rules.check_rules(self.image_rules or {})
         self._check_ranges()
         self._check_bands()
 
@@ -126,9 +134,14 @@ class FreqLossConfig:
         return self.balance != "off"
 
     @property
-    def changes_the_loss(self) -> bool:
-        """Whether a term is added to the base loss, or the base loss is weighed."""
-        return self.enabled or self.balanced
+    def gated(self) -> bool:
+        """Whether some images train only above a noise level; see `freq_loss_plugin.image_quality`."""
+        return self.image_quality == "auto" or bool(self.image_rules)
+
+    @property
+    def changes_training(self) -> bool:
+        """Whether a term is added to the base loss, the base loss is weighed, or timesteps are drawn again."""
+        return self.enabled or self.balanced or self.gated
 
     @property
     def guided(self) -> bool:
@@ -148,8 +161,12 @@ class FreqLossConfig:
     @classmethod
     def claims(cls, key: str) -> bool:
         """Whether ``key`` is, or by its looks was meant to be, an option of this loss and not one of the trainer."""
-        own = _own_keys()
-        return key in own or key.startswith(PREFIX) or nearest(key, own, _TYPO_CUTOFF) is not None
+        return keys.claims(key, _own_keys())
+
+    @classmethod
+    def check_section(cls, section: Mapping[str, Any]) -> None:
+        """Raise ConfigError for the first key of a ``[freq_loss]`` section that is not an option."""
+        keys.check_section(section, list(cls.fields_by_key()), _own_keys())
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any] | argparse.Namespace) -> FreqLossConfig:
@@ -163,8 +180,8 @@ class FreqLossConfig:
             ConfigError: an unknown key that begins with ``freq_loss_`` or looks like one of ours, an unknown key in the
                 section, a key given twice with different values, or an invalid value.
         """
-        flat = _flatten(vars(mapping) if isinstance(mapping, argparse.Namespace) else mapping)
-        _check_foreign_keys(flat)
+        values = vars(mapping) if isinstance(mapping, argparse.Namespace) else mapping
+        flat = keys.flat_options(values, list(cls.fields_by_key()), _own_keys())
         # None is how an argument parser says "not given"; so is a trainer's min_snr_gamma of 0.
         given = {name: flat[key] for key, name in cls.fields_by_key().items() if flat.get(key) is not None}
         if given.get("min_snr_gamma") == 0:
@@ -243,8 +260,9 @@ class FreqLossConfig:
         for name in ("history_decay", "balance_power"):
             if not 0 < getattr(self, name) <= 1:
                 raise wrong_value(self, name, "a number above 0 and at most 1")
-        if not 0 < self.min_snr_gamma < math.inf:
-            raise wrong_value(self, "min_snr_gamma", "a finite number > 0; 5 is usual")
+        for name, usual in (("min_snr_gamma", 5), ("image_quality_threshold", 16)):
+            if not 0 < getattr(self, name) < math.inf:
+                raise wrong_value(self, name, f"a finite number > 0; {usual} is usual")
         for name in ("min_timestep", "max_timestep"):
             if not 0 <= getattr(self, name) <= NUM_TRAIN_TIMESTEPS:
                 raise wrong_value(self, name, f"a whole number from 0 to {NUM_TRAIN_TIMESTEPS}")
@@ -261,40 +279,5 @@ class FreqLossConfig:
             raise ConfigError(f"{PREFIX}{error}") from None
 
 
-def _flatten(values: Mapping[str, Any]) -> dict[str, Any]:
-    """One level of sections merged into the top level; options must not contradict each other."""
-    section = values.get(SECTION, {})
-    if not isinstance(section, Mapping):
-        raise ConfigError(f"{SECTION} = {section!r}: expected a section; write [{SECTION}] on a line of its own")
-    check_section(section)
-    flat = flatten(values)
-    for name, table in values.items():
-        for key, value in table.items() if isinstance(table, Mapping) else ():
-            if flat[key] != value and key in FreqLossConfig.fields_by_key():
-                raise ConfigError(f"{key} is given twice: {flat[key]!r} and, in [{name}], {value!r}; keep one")
-    return flat
-
-
-def check_section(section: Mapping[str, Any]) -> None:
-    """Raise ConfigError for the first key of a ``[freq_loss]`` section that is not an option."""
-    for key in section:
-        if key not in FreqLossConfig.fields_by_key():
-            raise _unknown_key(key, f"in [{SECTION}]")
-
-
-def _check_foreign_keys(flat: Mapping[str, Any]) -> None:
-    for key in flat:
-        if key not in FreqLossConfig.fields_by_key() and FreqLossConfig.claims(key):
-            raise _unknown_key(key)
-
-
 def _own_keys() -> list[str]:
     return [key for key in FreqLossConfig.fields_by_key() if key != "min_snr_gamma"]
-
-
-def _unknown_key(key: str, where: str = "") -> ConfigError:
-    candidates = _own_keys()
-    without_prefix = {candidate.removeprefix(PREFIX): candidate for candidate in candidates}
-    meant = nearest(key, candidates) or without_prefix.get(nearest(key, list(without_prefix)) or "")
-    suggestion = f" Did you mean {meant}?" if meant else ""
-    return ConfigError(f"{key}: unknown option {where}".rstrip() + f".{suggestion} Options: {', '.join(candidates)}")

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import field, fields
 from typing import Any
+
+
+# The type of options that are sections of their own.
+TABLE = "ImageRules"
 
 
 class ConfigError(ValueError):
@@ -61,7 +65,7 @@ def type_name(option: Any) -> str:
 def _check(option: Any, value: Any) -> None:
     if option.default is None and value is None:
         return
-    accepted: Any = {"float": (int, float), "int": int, "bool": bool}.get(type_name(option), str)
+    accepted: Any = {"float": (int, float), "int": int, "bool": bool, TABLE: Mapping}.get(type_name(option), str)
     is_flag = isinstance(value, bool)
     if not isinstance(value, accepted) or (is_flag and type_name(option) != "bool"):
         raise ConfigError(
@@ -88,4 +92,6 @@ def expectation(option: Any) -> str:
     if option.metadata["choices"]:
         return "one of " + ", ".join(map(repr, option.metadata["choices"]))
     kinds = {"float": "a number", "int": "a whole number", "bool": "true or false"}
+    if type_name(option) == TABLE:
+        return f"a section [freq_loss.{key_of(option)}]"
     return kinds.get(type_name(option), "a quoted string")

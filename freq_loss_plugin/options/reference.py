@@ -6,12 +6,12 @@ import argparse
 from dataclasses import Field, fields
 from typing import Any
 
-from .fields import expectation, key_of, type_name
+from .fields import TABLE, expectation, key_of, type_name
 from .parsing import parse
 
 
 def add_to_parser(group: Any, options: type, without: tuple[str, ...] = ()) -> None:
-    """Add ``--key`` for every field of an option dataclass.
+    """Add ``--key`` for every field of an option dataclass that is not a section of its own.
 
     Arguments that are not given are absent from the namespace, so that they do not override a file.
 
@@ -21,7 +21,7 @@ def add_to_parser(group: Any, options: type, without: tuple[str, ...] = ()) -> N
         without: keys that are left out.
     """
     for key, option in _by_key(options).items():
-        if key in without:
+        if key in without or type_name(option) == TABLE:
             continue
         is_flag = type_name(option) == "bool"
         group.add_argument(

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from ..guidance_token.features import Features
 from ..loss.wavelet_library import INSTALL_HINT
-from ..options.config import PREFIX, FreqLossConfig
+from ..options.config import FreqLossConfig
+from ..options.keys import PREFIX
 from ..version import __version__
 
 # Steps after which the mean fraction of the loss is reported, and the bounds outside of which it is a warning.
@@ -25,11 +26,11 @@ def describe(config: FreqLossConfig, model: str, network_module: str, *, feature
         features: those of the guidance token, where it is on.
     """
     token = _describe_token(config, features)
-    if not config.changes_the_loss and not token:
+    if not config.changes_training and not token:
         return [
             f"freq_loss {__version__}: off (dist_match = 0); {network_module} trains exactly as without the plug-in"
         ]
-    if not config.changes_the_loss:
+    if not config.changes_training:
         return [f"freq_loss {__version__}: the loss is off (dist_match = 0) for {model}", *token]
     keys = {name: key for key, name in FreqLossConfig.fields_by_key().items()}
     shown = {keys[option.name]: getattr(config, option.name) for option in fields(config)}
