@@ -24,7 +24,7 @@ from freq_loss_plugin.engine import comparison, dataset, settings
 from freq_loss_plugin.engine.run import train as train_lora
 from freq_loss_plugin.engine.trainer import Outcome
 from freq_loss_plugin.guidance_token.extract import Clip, extract
-from freq_loss_plugin.guidance_token.image_folders import find_images
+from freq_loss_plugin.image_folders import find_images
 from freq_loss_plugin.toy_model import model_folder
 from freq_loss_plugin.toy_model.attributes import measure
 from freq_loss_plugin.toy_model.scenes import draw, random_scene

@@ -18,7 +18,7 @@ from torch import Tensor
 from freq_loss_plugin import ConfigError, FreqLossConfig
 from freq_loss_plugin.guidance_token import features as features_of
 from freq_loss_plugin.guidance_token.features import Features, replace_last_token
-from freq_loss_plugin.guidance_token.image_folders import SOURCES, find_images
+from freq_loss_plugin.image_folders import SOURCES, find_images
 
 from . import host
 from .protocols import Batch

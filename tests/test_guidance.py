@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from freq_loss_plugin import ConfigError, FreqLossConfig
 from freq_loss_plugin.guidance_token import features as guidance
 from freq_loss_plugin.guidance_token.features import FeatureError, feature_file, replace_last_token
-from freq_loss_plugin.guidance_token.image_folders import find_images
+from freq_loss_plugin.image_folders import find_images
 from freq_loss_plugin.options.parsing import parse_strings
 
 COMMAND = "make-features"

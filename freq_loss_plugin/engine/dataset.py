@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..guidance_token.features import Features
-from ..guidance_token.image_folders import ENDINGS, of_folder, repeated
+from ..image_folders import ENDINGS, of_folder, repeated
 from ..options.fields import ConfigError
 from .settings import Settings
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..guidance_token.extract import Clip, extract
 from ..guidance_token.features import is_current
-from ..guidance_token.image_folders import find_images
+from ..image_folders import find_images
 from ..toy_model import model_folder
 from ..toy_model.scenes import STYLES, Scene, draw, random_scene
 from .comparison import Sampling

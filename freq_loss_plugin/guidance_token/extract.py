@@ -19,7 +19,7 @@ from ..atomic_files import write_whole
 from ..options.fields import ConfigError
 from ..options.parsing import flatten
 from . import features as guidance
-from .image_folders import SOURCES, find_images
+from ..image_folders import SOURCES, find_images
 
 DEFAULT_CLIP = "openai/clip-vit-large-patch14"
 DESCRIPTION = f"""\

@@ -68,11 +68,7 @@ def edge_blur(pixels: Tensor, *, ignore_grid: bool = False) -> float | None:
 def _busiest_tiles(pixels: Tensor) -> tuple[Tensor, Tensor]:
     """Tiles, shape (N, C, h, w), and the row and column of their first pixels, shape (N, 2)."""
     height, width = min(_TILE, pixels.shape[1]), min(_TILE, pixels.shape[2])
-    places = [
-        (row, column)
-        for row in _starts(pixels.shape[1], height)
-        for column in _starts(pixels.shape[2], width)
-    ]
+    places = [(row, column) for row in _starts(pixels.shape[1], height) for column in _starts(pixels.shape[2], width)]
     if len(places) > _MOST_TILES:
         steps = (pixels[1, :, 1:] - pixels[1, :, :-1]).square()
         contrast = [float(steps[row : row + height, column : column + width].sum()) for row, column in places]
@@ -161,5 +157,7 @@ def _inside(size: torch.Size) -> Tensor:
 
 def _off_grid(places: Tensor, size: torch.Size) -> Tensor:
     """Which pixels of the tiles are not next to a border of 8×8 blocks, shape (N, h, w)."""
-    rows, columns = ((first[:, None] + torch.arange(side) + 1) % 8 > 1 for first, side in zip(places.T, size, strict=True))
+    rows, columns = (
+        (first[:, None] + torch.arange(side) + 1) % 8 > 1 for first, side in zip(places.T, size, strict=True)
+    )
     return rows[:, :, None] & columns[:, None, :]

@@ -81,9 +81,7 @@ def measure_file(file: Path, trained: tuple[int, int] | None = None) -> Measurem
     return replace(found, notes=(*notes, *found.notes))
 
 
-def measure_image(
-    image: Image.Image, trained: tuple[int, int] | None = None, jpeg: int | None = None
-) -> Measurement:
+def measure_image(image: Image.Image, trained: tuple[int, int] | None = None, jpeg: int | None = None) -> Measurement:
     """Measure an RGB image.
 
     Args:

@@ -1,8 +1,8 @@
 """What the user knows of images, folder by folder: the section ``[freq_loss.image_quality]``.
 
-    [freq_loss.image_quality]
-    "10_scans" = { least_timestep = 600 }
-    "5_thumbnails" = { effective_resolution = 0.25 }
+[freq_loss.image_quality]
+"10_scans" = { least_timestep = 600 }
+"5_thumbnails" = { effective_resolution = 0.25 }
 """
 
 from __future__ import annotations

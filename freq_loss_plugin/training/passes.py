@@ -39,7 +39,7 @@ class Plan(NamedTuple):
         extra: the timestep of the extra pass, or None where there is none.
         timesteps: those of the base pass, on the CPU, shape (B,); None where the trainer draws its own.
         shared: the timestep that the batch shares, or None.
-        sharing: the samples that take it, shape (B,), boolean; None where all do.
+        counted: the samples that the term is computed from, shape (B,), boolean; None where all are.
         has_term: whether the base pass has a frequency term.
     """
 
@@ -47,5 +47,10 @@ class Plan(NamedTuple):
     extra: int | None = None
     timesteps: Tensor | None = None
     shared: float | None = None
-    sharing: Tensor | None = None
+    counted: Tensor | None = None
     has_term: bool = False
+
+
+def stream_above(plan: Plan, process: int) -> str:
+    """The name of the random stream in which a process draws timesteps of a batch again; see `least_timesteps`."""
+    return f"{plan.stream}:above:{process}"

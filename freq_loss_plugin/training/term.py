@@ -27,10 +27,11 @@ from ..options.config import FreqLossConfig
 from .batch_history import BatchHistory
 from .distributed import sum_over_processes, there_are_several
 from .gradient_balance import GradientBalance, GradientRatio, base_gradient, detached_term, mse_gradient
+from .least_timesteps import draw_above, raised, several_of
 from .loss_balance import Balanced, LossBalance
 from .messages import FractionReport
 from .monitor import StepMetrics, TermMonitor
-from .passes import Pass, Plan
+from .passes import Pass, Plan, stream_above
 from .random_streams import stream_name
 from .timesteps import SampleDistributions, coupled_timesteps, shared_timesteps, unified_timestep
 from .validation import ValidationBands
@@ -79,7 +80,12 @@ class FrequencyTerm:
         self.validation = ValidationBands(config) if config.validation else None
 
     def plan(
-        self, count: int, draw: Callable[[int], Tensor] | None = None, per_sample: SampleDistributions | None = None
+        self,
+        count: int,
+        draw: Callable[[int], Tensor] | None = None,
+        per_sample: SampleDistributions | None = None,
+        *,
+        least: Tensor | None = None,
     ) -> Plan:
         """Decide on the timesteps of the next batch.
 
@@ -87,16 +93,20 @@ class FrequencyTerm:
             count: samples in the batch.
             draw: as in `shared_timesteps`; needed by the mode ``shared`` alone.
             per_sample: where the samples draw their timesteps from different distributions; see `coupled_timesteps`.
+            least: the samples' least timesteps, shape (B,), on the CPU; None where there are none. The term is computed
+                from those samples that may train at its timestep.
         """
         name = stream_name(self._seed, self._batch)
         self._batch += 1
         if not self.config.enabled:
             self._plan = Plan(name)
         elif self.config.timesteps == "unified":
-            self._plan = Plan(name, extra=unified_timestep(self.config, name))
+            self._plan = self._unify_timestep(name, least)
         elif self.config.timesteps == "shared":
             assert draw is not None
             self._plan = self._share_timestep(f"{name}:shared", count, draw, per_sample)
+            if least is not None:
+                self._plan = self._raised(self._plan, least, draw, per_sample)
         else:
             self._plan = Plan(name, has_term=True)
         return self._plan
@@ -111,6 +121,7 @@ class FrequencyTerm:
 
     def extra_pass(self, passed: Pass, backward: Callable[[Tensor], None]) -> None:
         """Take the extra pass of ``unified``, and propagate its term at once, so that one graph is alive at a time."""
+        passed = self._of_counted_samples(passed)
         reference = functools.partial(mse_gradient, passed.prediction, passed.target)
         term = self._weighed(passed, reference, same_pass=False)
         if term.loss.total.requires_grad:
@@ -129,7 +140,7 @@ class FrequencyTerm:
                 self._balance.observe_base(base_gradient(base_loss, passed.prediction))
         elif self._plan.has_term:
             reference = functools.partial(base_gradient, base_loss, passed.prediction)
-            term = self._weighed(self._of_sharing_samples(passed), reference, same_pass=True)
+            term = self._weighed(self._of_counted_samples(passed), reference, same_pass=True)
         else:
             zero = torch.zeros((), device=base_loss.device)
             term = _Term(FrequencyLoss(zero, zero, zero), passed)
@@ -194,24 +205,44 @@ class FrequencyTerm:
         parts = {"batch_history": self._history, "gradient_ratio": ratio, "balance": self._loss_balance}
         return {name: part for name, part in parts.items() if part is not None}
 
+    def _unify_timestep(self, name: str, least: Tensor | None) -> Plan:
+        plan = Plan(name, extra=unified_timestep(self.config, name))
+        if least is None or plan.extra is None:
+            return plan
+        plan = plan._replace(counted=least <= plan.extra)
+        return plan if _takes_part(plan) else plan._replace(extra=None)
+
     def _share_timestep(
         self, name: str, count: int, draw: Callable[[int], Tensor], per_sample: SampleDistributions | None
     ) -> Plan:
         if per_sample is None:
             timesteps, shared = shared_timesteps(draw, count, self.config, name, self._process)
             return Plan(name, timesteps=timesteps, shared=shared, has_term=shared is not None)
-        timesteps, shared, sharing = coupled_timesteps(draw, per_sample, self.config, name, self._process)
-        return Plan(name, timesteps=timesteps, shared=shared, sharing=sharing, has_term=shared is not None)
+        timesteps, shared, counted = coupled_timesteps(draw, per_sample, self.config, name, self._process)
+        return Plan(name, timesteps=timesteps, shared=shared, counted=counted, has_term=shared is not None)
 
-    def _of_sharing_samples(self, passed: Pass) -> Pass:
-        """The pass at the timestep that its batch shares; samples that do not take it weigh 0."""
-        if self._plan.shared is None:
-            return passed
-        weights, sharing = passed.sample_weights, self._plan.sharing
-        if sharing is not None:
-            sharing = sharing.to(passed.prediction.device, torch.float32, non_blocking=True)
-            weights = sharing if weights is None else weights * sharing
-        return passed._replace(timesteps=self._plan.shared, sample_weights=weights)
+    def _raised(
+        self, plan: Plan, least: Tensor, draw: Callable[[int], Tensor], per_sample: SampleDistributions | None
+    ) -> Plan:
+        """A plan of ``shared`` whose samples train at their least timesteps or above."""
+        assert plan.timesteps is not None
+        redraw = several_of(draw, len(least)) if per_sample is None else lambda: per_sample.draw()[None]
+        above = draw_above(redraw, least, stream_above(plan, self._process))
+        plan = plan._replace(timesteps=raised(plan.timesteps, least, above))
+        if plan.shared is None:
+            return plan
+        may = least <= plan.shared
+        plan = plan._replace(counted=may if plan.counted is None else may & plan.counted)
+        return plan._replace(has_term=_takes_part(plan))
+
+    def _of_counted_samples(self, passed: Pass) -> Pass:
+        """The pass at the timestep of its term; samples that this is not computed from weigh 0."""
+        weights, counted = passed.sample_weights, self._plan.counted
+        if counted is not None:
+            counted = counted.to(passed.prediction.device, torch.float32, non_blocking=True)
+            weights = counted if weights is None else weights * counted
+        timesteps = passed.timesteps if self._plan.shared is None else self._plan.shared
+        return passed._replace(timesteps=timesteps, sample_weights=weights)
 
     def _weighed(self, passed: Pass, reference: Callable[[], Tensor], *, same_pass: bool) -> _Term:
         """The term of a pass, weighed against the gradient ``reference`` where the options ask for that."""
@@ -256,3 +287,8 @@ class FrequencyTerm:
         if device not in self._schedules:
             self._schedules[device] = passed.alphas_cumprod.detach().to(device=device, dtype=torch.float32)
         return self._schedules[device]
+
+
+def _takes_part(plan: Plan) -> bool:
+    """Whether a batch has samples for its term; those of several processes have one together."""
+    return there_are_several() or plan.counted is None or bool(plan.counted.any())

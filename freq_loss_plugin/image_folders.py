@@ -10,7 +10,7 @@ from typing import Any
 
 import toml
 
-from ..options.fields import ConfigError
+from .options.fields import ConfigError
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl")
 # The options of sd-scripts that name the images.
