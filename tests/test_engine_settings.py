@@ -12,8 +12,8 @@ import toml
 from freq_loss_plugin import ConfigError, FreqLossConfig
 from freq_loss_plugin.engine import settings
 from freq_loss_plugin.engine.cli import add_arguments, read_overrides
-from freq_loss_plugin.options.keys import SECTION
 from freq_loss_plugin.options.fields import key_of
+from freq_loss_plugin.options.keys import SECTION
 
 # Warnings of diffusers, transformers and accelerate are not ours.
 pytestmark = pytest.mark.filterwarnings("default")

@@ -11,6 +11,7 @@ import torch
 
 from ..atomic_files import write_whole
 from ..guidance_token.features import CLIP_KEY, Features, file_metadata
+from ..image_quality.survey import SUMMARY_KEY
 from ..lora.kohya_format import NETWORK_MODULE
 from ..options.config import FreqLossConfig
 from ..options.fields import ConfigError
@@ -74,6 +75,8 @@ def metadata(settings: Settings, loss: FreqLossConfig, data: DataSet, step: int,
     texts = {key: str(value) for key, value in entries.items()}
     if loss.changes_training or data.features is not None:
         texts |= loss.file_metadata(NETWORK_MODULE)
+    if data.survey is not None:
+        texts[SUMMARY_KEY] = data.survey.summary
     return texts if data.features is None else texts | file_metadata(loss.guidance_token, data.features)
 
 

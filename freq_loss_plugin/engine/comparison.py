@@ -119,7 +119,7 @@ def train_and_compare(
         ConfigError: settings, data or model cannot be used, or there is no state to resume from.
         NonFiniteLossError: a run has diverged.
     """
-    off = replace(loss, dist_match=0.0, balance="off", gradient_ratio=0.0, grad_cosine=False, validation=False)
+    off = replace(loss.without_effect(), gradient_ratio=0.0, grad_cosine=False, validation=False)
     plain = replace(settings, output_name=f"{settings.output_name}-plain_mse")
     arms = {PLAIN: (plain, off), WITH_LOSS: (settings, loss)}
     if resume and not any(arm.state_file.is_file() for arm, _ in arms.values()):

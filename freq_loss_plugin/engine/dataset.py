@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from ..guidance_token.features import Features
 from ..image_folders import ENDINGS, of_folder, repeated
+from ..image_quality.survey import Survey
 from ..options.fields import ConfigError
 from .settings import Settings
 
@@ -53,11 +55,20 @@ class DataSet:
         examples: the images.
         warnings: what the user should know about them.
         features: those for the guidance token; None without one.
+        survey: what is known of the images' quality; None where all train at all noise levels.
     """
 
     examples: list[Example]
     warnings: list[str]
     features: Features | None = None
+    survey: Survey | None = None
+
+    def least_of(self, examples: Sequence[Example]) -> Tensor | None:
+        """The least timesteps of a batch, shape (B,); None where none of its images has one."""
+        if self.survey is None:
+            return None
+        least = [self.survey.least.get(example.file, 0) for example in examples]
+        return torch.tensor(least) if any(least) else None
 
     @property
     def tag_frequency(self) -> dict[str, dict[str, int]]:
@@ -157,13 +168,23 @@ def _buckets(settings: Settings) -> list[tuple[int, int]]:
     return sorted(size for size in buckets if size[1] > 0)
 
 
+def resized_size(example: Example) -> tuple[int, int]:
+    """(width, height) to which an image is scaled, so that it covers the size at which it is trained."""
+    with Image.open(example.file) as image:
+        return _covering(image.size, example.size)
+
+
+def _covering(image: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    scale = max(size[0] / image[0], size[1] / image[1])
+    return max(size[0], round(image[0] * scale)), max(size[1], round(image[1] * scale))
+
+
 def load_pixels(example: Example) -> Tensor:
     """The image, scaled to cover its size and center-cropped: shape (3, H, W), -1..1."""
     width, height = example.size
     with Image.open(example.file) as image:
         image = image.convert("RGB")
-        scale = max(width / image.width, height / image.height)
-        covering = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+        covering = _covering(image.size, example.size)
         if covering != image.size:
             image = image.resize(covering, Image.Resampling.LANCZOS)
         left, top = (image.width - width) // 2, (image.height - height) // 2

@@ -16,6 +16,7 @@ from ..training.messages import describe
 from .checkpoint import read_state
 from .dataset import DataSet, Example, find, split
 from .model import image_encoder_of, load
+from .quality import survey_images
 from .settings import USE_SD_SCRIPTS, Settings
 from .tracking import tracker_options
 from .trainer import Outcome, Trainer
@@ -56,6 +57,8 @@ def train(
     model = load(settings, accelerator.device)
     if data.features is not None:
         clip_features.check_width(data.features, model.text_width, _extraction_command(settings))
+    if loss.gated:
+        data = replace(data, survey=survey_images(settings, loss, data, model))
     _print_start(settings, loss, data, accelerator, validates=bool(held_out))
     trainer = Trainer(settings, loss, data, model, accelerator)
     if state is not None:
@@ -84,13 +87,15 @@ def _print_start(
     """Print the options in force, the images, and warnings."""
     family = "SD2.x" if settings.v2 else "SD1.x"
     model = f"{family} (prediction type {settings.prediction_type})"
-    print("\n".join(describe(loss, model, kohya_format.NETWORK_MODULE, features=data.features)))
+    quality = None if data.survey is None else data.survey.summary
+    print("\n".join(describe(loss, model, kohya_format.NETWORK_MODULE, features=data.features, quality=quality)))
     per_epoch = sum(example.repeats for example in data.examples)
     print(f"  {len(data.examples)} images, {per_epoch} per epoch, on {accelerator.device}")
     window = settings.min_timestep, settings.max_timestep
     logs = settings.logging_dir is not None or settings.log_with is not None
     loss_warnings = advice.warnings(loss, settings.train_batch_size, *window, validates=validates, logs=logs)
-    for warning in [*data.warnings, *loss_warnings]:
+    quality_warnings = () if data.survey is None else data.survey.warnings
+    for warning in [*data.warnings, *quality_warnings, *loss_warnings]:
         print(f"warning: {warning}")
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -265,7 +265,7 @@ def _check_network_module(settings: Settings, loss: FreqLossConfig, given: set[s
             f'network_module = "networks.lora" trains without the plug-in, and {options[0]} is given; set '
             'network_module = "kohya_patch", or remove the options of the loss'
         )
-    return replace(loss, dist_match=0.0, balance="off", image_quality="off", image_rules=None)
+    return loss.without_effect()
 
 
 def _network_args(items: Any) -> dict[str, str]:

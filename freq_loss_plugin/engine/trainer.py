@@ -7,7 +7,8 @@ One optimizer step (`Trainer._train_step`) goes through its batches n = step·gr
     plan                     `FrequencyTerm`: at which timesteps the batch trains, and whether it has an extra pass
     extra pass               mode unified: all samples at one timestep; its term is propagated at once, so that only one
                              graph is alive at a time
-    base pass                noise and timesteps from a generator that is seeded with seed and n
+    base pass                noise and timesteps from a generator that is seeded with seed and n; timesteps below an
+                             image's least timestep are drawn again
     base loss                mean squared error, with min-SNR weights if min_snr_gamma is set
     join, backward           own and shared: the term of the base pass is added to the base loss
 
@@ -29,18 +30,17 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers.optimization import get_scheduler
 from torch import Tensor
 from tqdm import tqdm
 
 from ..guidance_token import features as clip_features
 from ..lora import kohya_format
-from ..lora.kohya_format import TEXT_ENCODER, UNET
 from ..loss.latents import NUM_TRAIN_TIMESTEPS
 from ..loss.sample_weights import min_snr_weights
 from ..options.config import FreqLossConfig
+from ..training.least_timesteps import draw_above, raised, several_of
 from ..training.monitor import NonFiniteLossError, StepMetrics
-from ..training.passes import Pass
+from ..training.passes import Pass, stream_above
 from ..training.random_streams import named_generator
 from ..training.term import FrequencyTerm
 from .checkpoint import metadata, write_state
@@ -48,6 +48,7 @@ from .dataset import Batches, DataSet, Example
 from .evaluation import Evaluation, ValidationSet
 from .interrupt import stop_on_signal
 from .model import Model
+from .optimization import make_optimizer
 from .settings import Settings
 from .tracking import Tracking
 
@@ -101,7 +102,7 @@ class Trainer:
         self._accelerator = accelerator
         self._batches = Batches(data.examples, settings.train_batch_size, settings.seed)
         self.parameters = [parameter for prefix in model.adapted for parameter in model.trainable(prefix)]
-        self._optimizer, self._schedule = accelerator.prepare(*self._make_optimizer())
+        self._optimizer, self._schedule = accelerator.prepare(*make_optimizer(model, settings))
         self._alphas_cumprod = model.scheduler.alphas_cumprod.float().to(accelerator.device)
         self._term = self._make_term(first_batch=0)
         self._latents: list[Tensor] = []
@@ -164,14 +165,23 @@ class Trainer:
         latents = torch.stack([self._latents[i] for i in indices])
         examples = [self._data.examples[i] for i in indices]
         window = self._settings.min_timestep or 0, self._settings.max_timestep or NUM_TRAIN_TIMESTEPS
-        plan = self._term.plan(len(indices), lambda count: torch.randint(*window, (count,)))
+        least = self._data.least_of(examples)
+
+        def draw(count: int) -> Tensor:
+            return torch.randint(*window, (count,))
+
+        plan = self._term.plan(len(indices), draw, least=least)
         if plan.extra is not None:
             extra = self._pass_at(latents, plan.extra, examples, named_generator(plan.stream))
             self._term.extra_pass(extra, self.backward)
         generator = named_generator(f"base:{self._settings.seed}:{number}")
         # Always drawn, so that the noise is the same with and without the loss.
         timesteps = torch.randint(*window, (len(indices),), generator=generator)
-        timesteps = timesteps if plan.timesteps is None else plan.timesteps
+        if plan.timesteps is not None:
+            timesteps = plan.timesteps
+        elif least is not None:
+            above = draw_above(several_of(draw, len(indices)), least, stream_above(plan, process=0))
+            timesteps = raised(timesteps, least, above)
         passed = self._pass(latents, timesteps, examples, generator)
         balanced = self._term.balance(passed)
         base_loss = self._base_loss(passed._replace(prediction=balanced.prediction), balanced.weights)
@@ -236,19 +246,6 @@ class Trainer:
             first_batch=first_batch,
             max_train_steps=settings.max_train_steps,
         )
-
-    def _make_optimizer(self) -> tuple[Any, Any]:
-        rates = dict(zip((UNET, TEXT_ENCODER), self._settings.learning_rates, strict=True))
-        groups = [{"params": self._model.trainable(prefix), "lr": rates[prefix]} for prefix in self._model.adapted]
-        optimizer = torch.optim.AdamW(groups)
-        schedule = get_scheduler(
-            self._settings.lr_scheduler,
-            optimizer,
-            num_warmup_steps=self._settings.lr_warmup_steps,
-            num_training_steps=self._settings.max_train_steps,
-            num_cycles=self._settings.lr_scheduler_num_cycles,
-        )
-        return optimizer, schedule
 
     def _encode(self, examples: list[Example], title: str) -> list[Tensor]:
         with tqdm(total=len(examples), desc=title, leave=False, disable=not examples, file=sys.stdout) as bar:

@@ -16,10 +16,10 @@ from tqdm import tqdm
 from transformers import AutoConfig, CLIPImageProcessor, CLIPVisionModelWithProjection
 
 from ..atomic_files import write_whole
+from ..image_folders import SOURCES, find_images
 from ..options.fields import ConfigError
 from ..options.parsing import flatten
 from . import features as guidance
-from ..image_folders import SOURCES, find_images
 
 DEFAULT_CLIP = "openai/clip-vit-large-patch14"
 DESCRIPTION = f"""\

@@ -60,9 +60,10 @@ def quality_of_pixels(pixels: Tensor) -> int | None:
     blocks = luminance[:height, :width].unfold(0, 8, 8).unfold(1, 8, 8).flatten(0, 1)
     if len(blocks) > _MOST_BLOCKS:
         blocks = blocks[blocks.var(dim=(1, 2)).argsort(descending=True)[:_MOST_BLOCKS]]
-    values = (_dct() @ blocks @ _dct().T)[:, *_low_frequencies()]
+    rows, columns = _low_frequencies()
+    values = (_dct() @ blocks @ _dct().T)[:, rows, columns]
     for quality in _QUALITIES:  # the worst first: a divisor of its steps would fit as well
-        steps = _table(quality)[_low_frequencies()].to(values.dtype)
+        steps = _table(quality)[rows, columns].to(values.dtype)
         kept = values.abs() > steps / 2
         different = values[kept].mul(10).round().unique()
         if len(different) < _LEAST_VALUES or int(kept.any(dim=0).sum()) < 3:

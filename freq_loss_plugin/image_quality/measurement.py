@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,7 +57,7 @@ class Measurement:
         scale = self.size[0] / self.trained[0]
         has_artifacts = self.jpeg is not None and self.jpeg < GOOD_JPEG and scale <= _MOST_REDUCED
         return Defect(
-            resolution=1.0 if self.resolution >= 1 else _in_steps(self.resolution, 6),
+            resolution=1.0 if self.resolution >= 1 else _in_steps(self.resolution, 4),
             jpeg=max(5, 5 * round(self.jpeg / 5)) if has_artifacts and self.jpeg is not None else None,
             jpeg_scale=_in_steps(scale, 2) if has_artifacts else 1.0,
             noise=_in_steps(self.noise, 4) if self.noise > GOOD_NOISE else 0.0,
@@ -92,7 +93,8 @@ def measure_image(image: Image.Image, trained: tuple[int, int] | None = None, jp
     size = image.size
     trained = trained or size
     empty = Measurement(size, trained, jpeg=jpeg)
-    if image.getextrema() == tuple((low, low) for low, _ in image.getextrema()):
+    extrema: Any = image.getextrema()
+    if all(low == high for low, high in extrema):
         return replace(empty, notes=("one color: nothing to measure, taken as good",))
     reduction = min(size[0] / trained[0], size[1] / trained[1])
     bound = reduction if reduction < _WORST_GOOD_RESOLUTION else 1.0

@@ -2,8 +2,8 @@ r"""The power spectrum of an image against the power law that natural images and
 
 .. math:: P(f) \propto f^{-n}, \quad 0 < n \le 3
 
-Photographs have n of about 2, flat shapes with sharp outlines 3. A spectrum that falls faster from its lowest octaves on
-belongs to an image that is soft by nature: a cell, a color wheel. Nothing can be said about such an image.
+Photographs have n of about 2, flat shapes with sharp outlines 3. A spectrum that falls faster from its lowest octaves
+on belongs to an image that is soft by nature: a cell, a color wheel. Nothing can be said about such an image.
 
 Source: D. J. Field (1987), Relations between the statistics of natural images and the response properties of cortical
 cells, JOSA A 4.

@@ -33,6 +33,8 @@ Measured: TypeAlias = Measurement | str
 # The latents of an RGB image whose sides are multiples of `GRANULARITY`, as the model is trained on them.
 Encode: TypeAlias = Callable[[Image.Image], Tensor]
 
+# The entry of a LoRA file's metadata that holds the summary.
+SUMMARY_KEY = "ss_freq_loss_image_quality_summary"
 GRANULARITY = 64  # at least the factor of any VAE
 _REFERENCES, _MOST_REFERENCE_SIDE = 8, 512
 # Fewer sharp images than this fraction are worth a warning.
@@ -151,8 +153,8 @@ def defect_energies(
 
 def listed(things: Iterable[object], most: int = _MOST_LISTED) -> str:
     """The first few of them, comma-separated, and how many more there are."""
-    things = list(map(str, things))
-    return ", ".join(things[:most]) + (f" and {len(things) - most} more" if len(things) > most else "")
+    names = list(map(str, things))
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _try_to_measure(image: Path, size: Size | None) -> Measured:
@@ -170,9 +172,9 @@ def _references(sharp: Sequence[Path], images: Mapping[Path, Size], defects: Map
     kinds = Counter(map(str, defects.values())).most_common(3)
     raise ConfigError(
         f"freq_loss_image_quality: none of the {len(images)} images is sharp, so there is nothing to compare with "
-        f"({listed(f'{count} at {kind}' for kind, count in kinds)}). Add sharp images, a few are enough; or say what is "
-        'known of a folder, [freq_loss.image_quality] "FOLDER" = { least_timestep = 600 }; or, where the softness is '
-        "the style, set freq_loss_image_quality = 'off'"
+        f"({listed(f'{count} at {kind}' for kind, count in kinds)}). Add sharp images, a few are enough; or give a "
+        'folder\'s least timestep by hand, [freq_loss.image_quality] "FOLDER" = { least_timestep = 600 }; or, where the '
+        "softness is the style, set freq_loss_image_quality = 'off'"
     )
 
 

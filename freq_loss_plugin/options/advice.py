@@ -20,6 +20,8 @@ def warnings(
     ``validates`` and ``logs`` are whether there are validation images, and a tracker such as TensorBoard.
     """
     found = [*useless_settings(config, batch_size), *_window_warnings(config, min_timestep, max_timestep)]
+    if not config.gated and config.image_quality_threshold != FreqLossConfig.image_quality_threshold:
+        found.append("freq_loss_image_quality_threshold does nothing without freq_loss_image_quality = 'auto'")
     if config.enabled and config.validation and not validates:
         found.append("freq_loss_validation: there are no validation images; set validation_split, for instance 0.1")
     if config.enabled and (config.validation or config.grad_cosine) and not logs:

@@ -9,7 +9,7 @@ import argparse
 import functools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from ..loss.bands import METHODS, Method
@@ -142,6 +142,13 @@ class FreqLossConfig:
     def changes_training(self) -> bool:
         """Whether a term is added to the base loss, the base loss is weighed, or timesteps are drawn again."""
         return self.enabled or self.balanced or self.gated
+
+    def without_effect(self) -> FreqLossConfig:
+        """The same with everything off that changes training, but for the guidance token."""
+        off = FreqLossConfig.image_quality_threshold
+        return replace(
+            self, dist_match=0.0, balance="off", image_quality="off", image_quality_threshold=off, image_rules=None
+        )
 
     @property
     def guided(self) -> bool:

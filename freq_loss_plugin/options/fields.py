@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import field, fields
 from typing import Any
 
-
 # The type of options that are sections of their own.
 TABLE = "ImageRules"
 

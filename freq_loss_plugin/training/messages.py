@@ -8,6 +8,7 @@ from typing import NamedTuple
 from ..guidance_token.features import Features
 from ..loss.wavelet_library import INSTALL_HINT
 from ..options.config import FreqLossConfig
+from ..options.image_rules import KEY as IMAGE_RULES
 from ..options.keys import PREFIX
 from ..version import __version__
 
@@ -16,7 +17,14 @@ REPORT_STEPS = 50
 SMALL_FRACTION, LARGE_FRACTION = 0.01, 0.5
 
 
-def describe(config: FreqLossConfig, model: str, network_module: str, *, features: Features | None = None) -> list[str]:
+def describe(
+    config: FreqLossConfig,
+    model: str,
+    network_module: str,
+    *,
+    features: Features | None = None,
+    quality: str | None = None,
+) -> list[str]:
     """The lines of the block at the start: which options are in force and what they cost.
 
     Args:
@@ -24,6 +32,7 @@ def describe(config: FreqLossConfig, model: str, network_module: str, *, feature
         model: what is trained, human-readable: ``SDXL (prediction type epsilon)``.
         network_module: the module that made the network.
         features: those of the guidance token, where it is on.
+        quality: what was found of the images' quality, one line, where they train by it.
     """
     token = _describe_token(config, features)
     if not config.changes_training and not token:
@@ -35,8 +44,7 @@ def describe(config: FreqLossConfig, model: str, network_module: str, *, feature
     keys = {name: key for key, name in FreqLossConfig.fields_by_key().items()}
     shown = {keys[option.name]: getattr(config, option.name) for option in fields(config)}
     shown["freq_loss_network_module"] = network_module
-    on = "on" if config.enabled else "no frequency term (dist_match = 0), and a balanced base loss,"
-    lines = [f"freq_loss {__version__}: {on} for {model}"]
+    lines = [f"freq_loss {__version__}: {_state(config)} for {model}"]
     lines += [f"  {key} = {value}{_remark(key, config)}" for key, value in shown.items() if _matters(key, config)]
     memory = f"; {config.batch_history} latents per bucket are kept" if config.batch_history else ""
     balance = (
@@ -48,7 +56,16 @@ def describe(config: FreqLossConfig, model: str, network_module: str, *, feature
         lines.append(f"  cost: {_cost(config)}{memory}{balance}")
     if config.balanced:
         lines.append("  cost of the balance: a few plain MSEs per batch; its weights follow the run, and begin at 1")
+    if quality is not None:
+        lines.append(f"  {quality}; this costs nothing per step")
     return [*lines, *token]
+
+
+def _state(config: FreqLossConfig) -> str:
+    if config.enabled:
+        return "on"
+    others = {"a balanced base loss": config.balanced, "images trained by their quality": config.gated}
+    return f"no frequency term (dist_match = 0), and {' and '.join(name for name, on in others.items() if on)},"
 
 
 class Message(NamedTuple):
@@ -113,6 +130,10 @@ def _matters(key: str, config: FreqLossConfig) -> bool:
     needs_method = {"freq_loss_wavelet": "wavelet", "freq_loss_levels": "wavelet", "freq_loss_cutoff": "fft"}
     if key in ("freq_loss_balance", "freq_loss_balance_power"):
         return config.balanced
+    if key in ("freq_loss_image_quality", "freq_loss_image_quality_threshold"):
+        return config.image_quality != "off"
+    if key == IMAGE_RULES:
+        return bool(config.image_rules)
     splits = config.enabled or config.balance == "band"
     if key in needs_method:
         return splits and config.resolved_method == needs_method[key]

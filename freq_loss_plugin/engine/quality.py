@@ -1,0 +1,39 @@
+"""Least timesteps of a run's images, by its own VAE; see `freq_loss_plugin.image_quality`."""
+
+from __future__ import annotations
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..image_quality.detectability import signal_to_noise
+from ..image_quality.measurement import as_pixels
+from ..image_quality.survey import Survey, survey
+from ..loss.latents import NUM_TRAIN_TIMESTEPS
+from ..options.config import FreqLossConfig
+from .dataset import DataSet, resized_size
+from .model import Model
+from .settings import Settings
+
+
+def survey_images(settings: Settings, loss: FreqLossConfig, data: DataSet, model: Model) -> Survey:
+    """Measure the training images, and find the least timestep of each.
+
+    Raises:
+        ConfigError: see `freq_loss_plugin.image_quality.survey.survey`.
+    """
+
+    @torch.no_grad()
+    def encode(image: Image.Image) -> Tensor:
+        vae = model.pipeline.vae
+        pixels = as_pixels(image)[None] * 2 - 1
+        latents: Tensor = vae.encode(pixels.to(model.device, vae.dtype)).latent_dist.mean
+        return latents * vae.config.scaling_factor
+
+    return survey(
+        {example.file: resized_size(example) for example in data.examples},
+        loss,
+        encode,
+        signal_to_noise(settings.prediction_type, model.scheduler.alphas_cumprod),
+        end=settings.max_timestep or NUM_TRAIN_TIMESTEPS,
+    )
