@@ -1,8 +1,4 @@
-"""The guidance token in sd-scripts: which image is where in a batch, and its features in the last text token.
-
-sd-scripts' batches do not say which images they hold. Its data set objects do, while they make one, so they are given
-a subclass of their own class that adds the paths. The batch is otherwise untouched, random numbers included.
-"""
+"""The guidance token in sd-scripts: the features of each image in the last text token."""
 
 from __future__ import annotations
 
@@ -20,12 +16,9 @@ from freq_loss_plugin.guidance_token import features as features_of
 from freq_loss_plugin.guidance_token.features import Features, replace_last_token
 from freq_loss_plugin.image_folders import SOURCES, find_images
 
-from . import host
+from . import image_names
 from .protocols import Batch
 from .trainers import Family, TrainingRun
-
-# The entry of a batch that names its images.
-IMAGES = "freq_loss_images"
 
 
 def check(config: FreqLossConfig, args: argparse.Namespace, family: Family) -> None:
@@ -75,8 +68,9 @@ class TokenGuidance:
 
     def __init__(self, run: TrainingRun, text_width: int | None) -> None:
         shown: dict[Path, float] = {}
-        for dataset in run.datasets:
-            _check_dataset(dataset)
+        datasets = (*run.datasets, *run.validation_datasets)
+        image_names.check(datasets, "guidance_token", "set guidance_token = 0")
+        for dataset in datasets:
             for info in dataset.image_data.values():
                 times = 0 if info.is_reg else info.num_repeats
                 shown[Path(info.absolute_path)] = shown.get(Path(info.absolute_path), 0) + times
@@ -84,15 +78,14 @@ class TokenGuidance:
         self._by_name = {str(path): values for path, values in self.features.by_image.items()}
         if text_width is not None:
             features_of.check_width(self.features, text_width, command(run.args))
-        for dataset in run.datasets:
-            dataset.__class__ = naming_images(type(dataset))
+        image_names.add_to(datasets)
 
     def replace_tokens(self, batch: Batch, conds: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The text conditions of a batch with each image's features in their last token; new tensors."""
         states = conds[0]
         if states is None:
             return list(conds)
-        features = torch.stack([self._by_name[name] for name in batch[IMAGES]])
+        features = torch.stack([self._by_name[name] for name in batch[image_names.IMAGES]])
         return [replace_last_token(states, features.to(states.device, non_blocking=True)), *conds[1:]]
 
     @contextlib.contextmanager
@@ -113,47 +106,3 @@ class TokenGuidance:
             yield
         finally:
             handle.remove()
-
-
-def _check_dataset(dataset: Any) -> None:
-    missing = [name for name in host.DATASET_ATTRIBUTES if getattr(dataset, name, None) is None]
-    if missing:
-        raise ConfigError(
-            f"guidance_token: the data set class {type(dataset).__name__} has no {', '.join(missing)}, which say which "
-            "images a batch holds; use a data set of sd-scripts (remove dataset_class), or set guidance_token = 0"
-        )
-
-
-_naming_classes: dict[type, type] = {}
-
-
-def naming_images(cls: Any) -> type:
-    """The data set class ``cls`` with batches that say which images they hold; one for each, made once.
-
-    A subclass with one base: an object can change to it, since it is laid out alike.
-    """
-    if cls in _naming_classes.values():
-        return cls
-
-    def get_item(dataset: Any, index: int) -> Any:
-        example = cls.__getitem__(dataset, index)
-        place = dataset.buckets_indices[index]
-        first = place.batch_index * place.bucket_batch_size
-        keys = dataset.bucket_manager.buckets[place.bucket_index][first : first + place.bucket_batch_size]
-        example[IMAGES] = [str(Path(dataset.image_data[key].absolute_path)) for key in keys]
-        return example
-
-    def reduce(dataset: Any) -> Any:
-        """Data sets are sent to loader processes by pickle where these are not forked."""
-        return _rebuild, (cls, dataset.__dict__)
-
-    if cls not in _naming_classes:
-        contents = {"__getitem__": get_item, "__reduce__": reduce, "__module__": cls.__module__}
-        _naming_classes[cls] = type(cls.__name__, (cls,), contents)
-    return _naming_classes[cls]
-
-
-def _rebuild(cls: type, state: dict[str, Any]) -> Any:
-    made: Any = object.__new__(naming_images(cls))
-    made.__dict__.update(state)
-    return made

@@ -7,7 +7,7 @@ sd-scripts' files stay as they are. The order of calls in one step:
       FrequencyTerm.plan           shared: while the trainer's pass draws its timesteps
       get_noise_pred_and_target    unified only: first at one t for the batch, in a random stream of its own
         FrequencyTerm.extra_pass     propagated at once, so that the graph of one pass is alive at a time
-      get_noise_pred_and_target    the trainer's own pass
+      get_noise_pred_and_target    the trainer's own pass; no image below its least timestep
     FrequencyTerm.join             base loss + term; of a unified term only the value is left
     (backward, by sd-scripts)
     all_reduce_network             before it, FrequencyTerm.settle: stop if the term was not finite
@@ -28,15 +28,17 @@ from torch import Tensor
 
 from freq_loss_plugin import FreqLossConfig
 from freq_loss_plugin.guidance_token import features as guidance
+from freq_loss_plugin.image_quality.survey import SUMMARY_KEY
 from freq_loss_plugin.training.loss_balance import Balanced
 from freq_loss_plugin.training.messages import Message
-from freq_loss_plugin.training.passes import Pass, Plan
+from freq_loss_plugin.training.passes import Pass, Plan, stream_above
 from freq_loss_plugin.training.term import FrequencyTerm
 
 from . import report
 from .batch import BatchReader
 from .guidance import TokenGuidance
 from .host import UnsupportedTrainerError
+from .image_quality import ImageQuality
 from .passes import TimestepPasses
 from .patching import PatchedMethods
 from .protocols import Accelerator
@@ -55,13 +57,19 @@ class LossHook:
         config: the options. With ``dist_match = 0`` only the metadata are touched.
         network_module: name of the module that made the network, for ``ss_network_module``.
         tokens: the guidance token, where it is on.
+        quality: of the training images, where they train by it.
     """
 
     def __init__(
-        self, run: TrainingRun, config: FreqLossConfig, network_module: str, tokens: TokenGuidance | None = None
+        self,
+        run: TrainingRun,
+        config: FreqLossConfig,
+        network_module: str,
+        tokens: TokenGuidance | None = None,
+        quality: ImageQuality | None = None,
     ) -> None:
         self._trainer, self._args = run.trainer, run.args
-        self._config, self._network_module, self._tokens = config, network_module, tokens
+        self._config, self._network_module, self._tokens, self._quality = config, network_module, tokens, quality
         self._methods = PatchedMethods(run.trainer)
         self.step = first_step(run.args)
         self.term = _make_term(run, config, self.step)
@@ -150,13 +158,17 @@ class LossHook:
     def _training_pass(self, call: inspect.BoundArguments, batch: dict[str, Any]) -> Any:
         """The trainer's own pass of a training batch, which it leaves in ``_passed``."""
         forward = self._methods.original(_PASS)
+        least = None if self._quality is None else self._quality.least_of(batch["batch"])
         if self._config.enabled and self._config.timesteps == "shared":
-            results = self._passes.shared(forward, call, self.term.plan)
+            results = self._passes.shared(forward, call, functools.partial(self.term.plan, least=least))
         else:
-            plan = self.term.plan(len(call.arguments["latents"]))
+            plan = self.term.plan(len(call.arguments["latents"]), least=least)
             if plan.extra is not None:
                 self._extra_pass(call, batch, plan)
-            results = forward(*call.args, **call.kwargs)
+            if least is None:
+                results = forward(*call.args, **call.kwargs)
+            else:
+                results = self._passes.above(forward, call, least, stream_above(plan, process_index()))
         self._passed = self._batches.read(batch, results)
         self._balanced = self.term.balance(self._passed)
         return (self._balanced.prediction, *results[1:])
@@ -224,6 +236,8 @@ class LossHook:
         metadata["ss_network_module"] = self._network_module
         if self._config.changes_training or self._tokens is not None:
             metadata.update(self._config.file_metadata(self._network_module))
+        if self._quality is not None:
+            metadata[SUMMARY_KEY] = self._quality.survey.summary
         if self._tokens is not None:
             metadata.update(guidance.file_metadata(self._config.guidance_token, self._tokens.features))
         return result

@@ -37,16 +37,20 @@ METHODS: Mapping[str, tuple[str, ...]] = {
     "update_metadata": ("metadata", "args"),
     "train": ("args",),
 }
-# What guidance_token and freq_loss_validation need beyond that.
+# What single options need beyond that.
 GUIDANCE_METHODS: Mapping[str, tuple[str, ...]] = {
     "get_noise_pred_and_target": ("batch",),
     "sample_images": ("accelerator", "unet"),
 }
 BALANCE_METHODS: Mapping[str, tuple[str, ...]] = {"post_process_loss": ("loss",)}
 VALIDATION_METHODS: Mapping[str, tuple[str, ...]] = {"accelerator_logging": ("accelerator", "logs", "step_value")}
+QUALITY_METHODS: Mapping[str, tuple[str, ...]] = {
+    "encode_images_to_latents": ("args", "vae", "images"),
+    "shift_scale_latents": ("args", "latents"),
+}
 
-# What makes the images of a batch known to guidance_token: attributes of a data set, names that its ``__getitem__``
-# uses with them, and the parameters of the class that describes an image.
+# What makes the images of a batch known: attributes of a data set, names that its ``__getitem__`` uses with them, and
+# the parameters of the class that describes an image.
 DATASET = "DreamBoothDataset"
 DATASET_ATTRIBUTES = ("image_data", "buckets_indices", "bucket_manager")
 BATCH_NAMES = ("buckets", "bucket_index", "bucket_batch_size", "batch_index")
@@ -243,23 +247,18 @@ def check_datasets(trainer: type) -> None:
 
 
 def check_everything(trainer: type, kind: TrainerKind, *, guidance: bool) -> None:
-    """Check all that any option could need of a trainer class.
-
-    Args:
-        trainer: the trainer class.
-        kind: what its kind of model predicts.
-        guidance: whether guidance_token is defined for it.
+    """Check all that any option could need of a trainer class, for which guidance_token may be defined.
 
     Raises:
         UnsupportedTrainerError: names what is missing.
     """
-    for methods in (METHODS, VALIDATION_METHODS, BALANCE_METHODS):
+    for methods in (METHODS, VALIDATION_METHODS, BALANCE_METHODS, QUALITY_METHODS):
         check_methods(trainer, methods)
     drawing_function(trainer, kind)
     masked_loss(trainer)
+    check_datasets(trainer)
     if guidance:
         check_methods(trainer, GUIDANCE_METHODS)
-        check_datasets(trainer)
 
 
 def _check_names(trainer: type, kind: str, needed: Iterable[str], found: Iterable[str]) -> None:

@@ -18,7 +18,7 @@ from freq_loss_plugin import ConfigError, FreqLossConfig
 from freq_loss_plugin.options.keys import SECTION
 from freq_loss_plugin.options.parsing import parse_pairs, parse_strings
 
-from . import balance, guidance, host, report
+from . import balance, guidance, host, image_quality, report
 from .hook import LossHook
 from .host import UnsupportedTrainerError
 from .trainers import FAMILIES, Family, TrainingRun, find_run
@@ -94,12 +94,16 @@ def check(run: TrainingRun) -> FreqLossConfig:
     if config.guided:
         guidance.check(config, args, family)
         host.check_methods(trainer, host.GUIDANCE_METHODS)
+    if config.gated:
+        image_quality.check(config, args)
+        host.check_methods(trainer, host.QUALITY_METHODS)
+    if config.guided or config.gated:
         host.check_datasets(trainer)
     return config
 
 
 def _check_host(config: FreqLossConfig, args: argparse.Namespace, trainer: type, family: Family) -> None:
-    if config.enabled and config.timesteps != "own":
+    if config.gated or (config.enabled and config.timesteps != "own"):
         host.drawing_function(trainer, family.kind)
     if getattr(args, "masked_loss", False) or getattr(args, "alpha_mask", False):
         host.masked_loss(trainer)
@@ -214,9 +218,15 @@ def _attach(
     if network is None:
         return None  # sd-scripts stops here by itself
     tokens = guidance.TokenGuidance(run, _text_width(arguments)) if config.guided else None
-    LossHook(run, config, module.__name__, tokens).install()
-    report.announce(run, config, module.__name__, tokens.features if tokens else None)
+    quality = image_quality.ImageQuality(run, config, _vae(arguments)) if config.gated else None
+    LossHook(run, config, module.__name__, tokens, quality).install()
+    report.announce(run, config, module.__name__, tokens.features if tokens else None, quality)
     return network
+
+
+def _vae(arguments: tuple[Any, ...]) -> Any:
+    """The VAE, the fourth argument of sd-scripts' ``create_network``."""
+    return arguments[3] if len(arguments) > 3 else None
 
 
 def _text_width(arguments: tuple[Any, ...]) -> int | None:

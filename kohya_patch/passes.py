@@ -1,4 +1,7 @@
-"""The trainer's own forward passes at timesteps of this project's choice: unified's extra pass, and shared's pass."""
+"""The trainer's own forward passes at timesteps of this project's choice.
+
+Those are unified's extra pass, shared's pass, and that of a batch with images that train only above a noise level.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from freq_loss_plugin import FreqLossConfig
@@ -30,7 +34,7 @@ class TimestepPasses:
         config: the options.
 
     Raises:
-        UnsupportedTrainerError: the trainer draws its timesteps in an unknown way, and shared has to change them.
+        UnsupportedTrainerError: the trainer draws its timesteps in an unknown way, and they have to be changed.
     """
 
     def __init__(self, run: TrainingRun, config: FreqLossConfig) -> None:
@@ -38,7 +42,7 @@ class TimestepPasses:
         self._family = run.family
         self._timesteps_were_checked = False
         self._choice: TimestepChoice | None = None
-        if config.enabled and config.timesteps == "shared":
+        if config.gated or (config.enabled and config.timesteps == "shared"):
             kind = run.family.kind
             self._choice = TimestepChoice(kind, host.drawing_function(self._trainer, kind))
 
@@ -95,6 +99,31 @@ class TimestepPasses:
         if len(chosen) != 1:
             raise host.unsupported(self._trainer, f"one call of {self._choice.name} in a pass", str(len(chosen)))
         self._check_timesteps(results[2], chosen[0].tolist())
+        return results
+
+    def above(self, forward: Callable[..., Any], call: inspect.BoundArguments, least: Tensor, stream: str) -> Any:
+        """The trainer's pass, where no sample is below its least timestep.
+
+        Args:
+            forward: as in `extra`.
+            call: as in `extra`.
+            least: the least timesteps, shape (B,), on the CPU and the scale 0..1000.
+            stream: names the random stream in which timesteps are drawn again.
+
+        Returns:
+            What the trainer's method returned.
+
+        Raises:
+            UnsupportedTrainerError: the trainer did not draw its timesteps once, or uses others.
+        """
+        assert self._choice is not None
+        with self._choice.above(least, stream) as calls:
+            results = forward(*call.args, **call.kwargs)
+        if len(calls) != 1:
+            raise host.unsupported(self._trainer, f"one call of {self._choice.name} in a pass", str(len(calls)))
+        if not self._timesteps_were_checked:
+            used = (results[2].detach().float() * self._family.timestep_scale).flatten().cpu()
+            self._check_timesteps(results[2], torch.maximum(used, least.float()).tolist())
         return results
 
     def _check_timesteps(self, returned: Tensor, asked: list[float]) -> None:

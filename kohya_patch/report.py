@@ -12,23 +12,34 @@ from freq_loss_plugin.guidance_token.features import Features
 from freq_loss_plugin.options import advice
 from freq_loss_plugin.training.messages import Message, describe
 
+from .image_quality import ImageQuality
 from .protocols import Accelerator
 from .trainers import TrainingRun, is_main_process
 
 logger = logging.getLogger("kohya_patch")
 
 
-def announce(run: TrainingRun, config: FreqLossConfig, network_module: str, features: Features | None = None) -> None:
+def announce(
+    run: TrainingRun,
+    config: FreqLossConfig,
+    network_module: str,
+    features: Features | None = None,
+    quality: ImageQuality | None = None,
+) -> None:
     """Say once what is on, what it costs, and which settings do little."""
     if not is_main_process():
         return
     args, family = run.args, run.family
     model = f"{family.name} (prediction type {family.prediction_type(args)})"
+    summary = None if quality is None else quality.survey.summary
+    block = describe(config, model, network_module, features=features, quality=summary)
     # Not through logging: sd-scripts' handler would fold the block into a narrow column.
-    print("\n".join(["", *describe(config, model, network_module, features=features), ""]), flush=True)
+    print("\n".join(["", *block, ""]), flush=True)
     window = (getattr(args, "min_timestep", None), getattr(args, "max_timestep", None))
     logs = any(getattr(args, name, None) for name in ("logging_dir", "log_with"))
-    for warning in advice.warnings(config, _smallest_batch(run), *window, validates=run.validates, logs=logs):
+    validates = bool(run.validation_datasets)
+    warnings = advice.warnings(config, _smallest_batch(run), *window, validates=validates, logs=logs)
+    for warning in [*(quality.survey.warnings if quality is not None else ()), *warnings]:
         logger.warning("freq_loss: %s", warning)
 
 

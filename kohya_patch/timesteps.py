@@ -1,4 +1,4 @@
-"""Asks a trainer of sd-scripts for timesteps: one for a whole batch, or those that are chosen for its samples.
+"""Asks a trainer of sd-scripts for timesteps: one for a batch, those chosen for its samples, or none below a least.
 
 In dev versions of sd-scripts a subset of images can ask for an offset (``timestep_sampling = { offset = -0.5 }``), by
 which FLUX and Anima draw its timesteps from another distribution; see
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from freq_loss_plugin.loss.latents import NUM_TRAIN_TIMESTEPS
+from freq_loss_plugin.training.least_timesteps import draw_above, raised, several_of
 from freq_loss_plugin.training.random_streams import separate_random_stream
 from freq_loss_plugin.training.timesteps import SampleDistributions
 
@@ -81,6 +82,46 @@ class TimestepChoice:
         with self._drawing.replaced_by(draw_chosen):
             yield
 
+    @contextmanager
+    def above(self, least: Tensor, stream: str) -> Iterator[list[str]]:
+        """As long as this lasts, timesteps below ``least``, shape (B,), are drawn again; yields the calls made."""
+        original = self._drawing.function
+        calls: list[str] = []
+
+        def draw_above_least(*arguments: Any, **named: Any) -> Any:
+            calls.append(self.name)
+            given = self._signature.bind(*arguments, **named).arguments
+            if self._kind == "scheduler":
+                return _raise_in_schedule(original, given, least, stream)
+            return _raise_noise_levels(self._kind, original, given, least, stream)
+
+        with self._drawing.replaced_by(draw_above_least):
+            yield calls
+
+
+def _raise_in_schedule(original: Callable[..., Tensor], given: dict[str, Any], least: Tensor, stream: str) -> Tensor:
+    timesteps = original(**given)
+    draw = several_of(lambda count: original(**{**given, "b_size": count, "device": _CPU}), len(least))
+    return raised(timesteps, least, draw_above(draw, least, stream))
+
+
+def _raise_noise_levels(
+    kind: TrainerKind, original: Callable[..., Any], given: dict[str, Any], least: Tensor, stream: str
+) -> tuple[Tensor, ...]:
+    """What the trainer drew, for samples below their least timestep replaced by the same at a timestep above it."""
+    drawn: tuple[Tensor, ...] = original(**given)
+    draw, per_sample = _draws(original, given)
+    redraw = several_of(draw, len(least)) if per_sample is None else lambda: per_sample.draw()[None]
+    above = draw_above(redraw, least, stream)
+    fixed = _at_noise_levels(kind, given["args"], above, given["device"])
+    with separate_random_stream(f"{stream}:noise", torch.device(given["device"])):
+        replaced: tuple[Tensor, ...] = original(**{**_without_offsets(given), "args": fixed})
+    below = drawn[1] < least.to(drawn[1].device, non_blocking=True)
+    return tuple(
+        torch.where(below.view(-1, *(1,) * (one.ndim - 1)), other, one)
+        for one, other in zip(drawn, replaced, strict=True)
+    )
+
 
 def _choose_from_schedule(original: Callable[..., Tensor], given: dict[str, Any], choose: Choose) -> Tensor:
     timesteps = choose(lambda count: original(**{**given, "b_size": count, "device": _CPU}), given["b_size"], None)
@@ -92,25 +133,41 @@ def _choose_noise_levels(
     kind: TrainerKind, original: Callable[..., Any], given: dict[str, Any], choose: Choose
 ) -> tuple[Tensor, ...]:
     """SD3 and the flow trainers calculate with their arguments, which may be tensors (see `at_one_timestep`)."""
-    args, latents = given["args"], given["latents"]
-    offsets = given.pop(OFFSET, None)
+    draw, per_sample = _draws(original, given)
+    timesteps = choose(draw, len(given["latents"]), per_sample)
+    fixed = _at_noise_levels(kind, given["args"], timesteps, given["device"])
+    result: tuple[Tensor, ...] = original(**{**_without_offsets(given), "args": fixed})
+    return result
+
+
+def _draws(
+    original: Callable[..., Any], given: dict[str, Any]
+) -> tuple[Callable[[int], Tensor], SampleDistributions | None]:
+    """How the trainer draws timesteps, and the samples' own distributions where they differ from that."""
+    args, shape, offsets = given["args"], given["latents"].shape[2:], given.get(OFFSET)
 
     def draw(count: int, **changes: Any) -> Tensor:
-        empty = torch.zeros(count, 1, *latents.shape[2:])
+        empty = torch.zeros(count, 1, *shape)
         small = {"latents": empty, "noise": empty, "device": _CPU, "dtype": torch.float32}
-        timesteps: Tensor = original(**{**given, **small, **changes})[1]
+        timesteps: Tensor = original(**{**_without_offsets(given), **small, **changes})[1]
         return timesteps
 
-    per_sample = None if offsets is None else _with_offsets(draw, args, offsets.double().cpu())
-    timesteps = choose(draw, len(latents), per_sample)
+    return draw, None if offsets is None else _with_offsets(draw, args, offsets.double().cpu())
+
+
+def _without_offsets(given: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in given.items() if name != OFFSET}
+
+
+def _at_noise_levels(kind: TrainerKind, args: argparse.Namespace, timesteps: Tensor, device: Any) -> argparse.Namespace:
+    """A copy of ``args`` with which each sample of the batch gets its own timestep, those of shape (B,)."""
     fixed = copy.copy(args)
     if kind == "sample":
         fixed.min_timestep = fixed.max_timestep = timesteps.long()
     else:
         sigma = (timesteps.float() / NUM_TRAIN_TIMESTEPS).clamp(max=1 - 1e-6)
-        _fix_sigma(fixed, (sigma / (1 - sigma)).to(given["device"], non_blocking=True))
-    result: tuple[Tensor, ...] = original(**{**given, "args": fixed})
-    return result
+        _fix_sigma(fixed, (sigma / (1 - sigma)).to(device, non_blocking=True))
+    return fixed
 
 
 def _with_offsets(draw: Callable[..., Tensor], args: argparse.Namespace, offsets: Tensor) -> SampleDistributions | None:

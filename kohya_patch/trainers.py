@@ -61,16 +61,13 @@ FAMILIES: dict[str, Family] = {
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """A run in progress: the trainer, the arguments it was started with, and its data sets.
-
-    ``validates`` is whether some of these are for validation.
-    """
+    """A run in progress: the trainer, the arguments it was started with, and its data sets."""
 
     trainer: Trainer
     args: argparse.Namespace
     batch_sizes: tuple[int, ...] = ()
     datasets: tuple[Any, ...] = ()
-    validates: bool = False
+    validation_datasets: tuple[Any, ...] = ()
 
     @property
     def family(self) -> Family:
@@ -92,7 +89,7 @@ def find_run() -> TrainingRun | None:
             groups = [frame.f_locals.get(name) for name in DATASET_GROUPS]
             trained, validated = (getattr(group, "datasets", []) for group in groups)
             sizes = tuple(dataset.batch_size for dataset in trained if hasattr(dataset, "batch_size"))
-            return TrainingRun(trainer, args, sizes, (*trained, *validated), validates=bool(validated))
+            return TrainingRun(trainer, args, sizes, tuple(trained), tuple(validated))
     return None
 
 

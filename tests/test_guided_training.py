@@ -242,7 +242,7 @@ def test_data_sets_survive_being_sent_to_a_loader_process(monkeypatch):
     monkeypatch.syspath_prepend(str(hosts.sd_scripts()))
     from library.train_util import DreamBoothDataset
 
-    from kohya_patch.guidance import naming_images
+    from kohya_patch.image_names import naming_images
 
     dataset = object.__new__(DreamBoothDataset)
     dataset.__dict__.update(marker=Path("x"))

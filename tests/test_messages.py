@@ -110,7 +110,7 @@ def test_validation_without_validation_images_is_a_warning(capsys, caplog):
     caplog.clear()
     with caplog.at_level(logging.WARNING, logger="kohya_patch"):
         args = argparse.Namespace(train_batch_size=4, logging_dir="logs")
-        report.announce(TrainingRun(NetworkTrainer(), args, validates=True), config, "networks.lora")
+        report.announce(TrainingRun(NetworkTrainer(), args, validation_datasets=(object(),)), config, "networks.lora")
     assert caplog.text == ""
 
 

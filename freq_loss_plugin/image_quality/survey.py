@@ -172,8 +172,8 @@ def _references(sharp: Sequence[Path], images: Mapping[Path, Size], defects: Map
     kinds = Counter(map(str, defects.values())).most_common(3)
     raise ConfigError(
         f"freq_loss_image_quality: none of the {len(images)} images is sharp, so there is nothing to compare with "
-        f"({listed(f'{count} at {kind}' for kind, count in kinds)}). Add sharp images, a few are enough; or give a "
-        'folder\'s least timestep by hand, [freq_loss.image_quality] "FOLDER" = { least_timestep = 600 }; or, where the '
+        f"({listed(f'{count} at {kind}' for kind, count in kinds)}). Add sharp images, a few are enough; or set a "
+        'least timestep by hand, [freq_loss.image_quality] "FOLDER" = { least_timestep = 600 }; or, where the '
         "softness is the style, set freq_loss_image_quality = 'off'"
     )
 

@@ -15,18 +15,35 @@ Source: all-reduce with a gradient as in ``torch.distributed.nn``, whose backwar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+T = TypeVar("T")
+
 
 def there_are_several() -> bool:
     """Whether this run has more than one process."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def process_share(things: Sequence[T]) -> Sequence[T]:
+    """Every n-th of them, n being the number of processes: all of them in a single one."""
+    return things[dist.get_rank() :: dist.get_world_size()] if there_are_several() else things
+
+
+def gather(mine: T) -> list[T]:
+    """What each process has, in their order; to be called by all of them together."""
+    if not there_are_several():
+        return [mine]
+    everyones: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, mine, group=_host_group())
+    return everyones
 
 
 def sum_over_processes(difference: Tensor, batch_size: int, *, mean: bool) -> Tensor:
