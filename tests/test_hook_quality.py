@@ -1,0 +1,178 @@
+"""Images with a least timestep in the trainers of sd-scripts, on single batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import oracle
+import pytest
+import torch
+from hooked import NAMES, expected_bands
+from scipy import stats
+
+from freq_loss_plugin import FreqLossConfig
+from freq_loss_plugin.image_quality.survey import Survey
+from kohya_patch.hook import LossHook
+from kohya_patch.image_names import IMAGES
+from kohya_patch.image_quality import ImageQuality
+from kohya_patch.trainers import TrainingRun
+
+# The host's own warnings are none of this project's business.
+pytestmark = [pytest.mark.sd_scripts, pytest.mark.filterwarnings("default")]
+
+SHARP, BAD, WORSE = "sharp.png", "bad.png", "worse.png"
+LEAST = {BAD: 600, WORSE: 850}
+
+
+def install(stand_in, images, **options):
+    """The hook on a batch of these images, whose survey is given."""
+    quality = object.__new__(ImageQuality)
+    quality.survey = Survey({Path(image): least for image, least in LEAST.items()}, "as given", ())
+    quality._least = LEAST
+    stand_in.batch[IMAGES] = images
+    config = FreqLossConfig(**{"dist_match": 0.0, "image_quality": "auto", **options})
+    hook = LossHook(TrainingRun(stand_in.trainer, stand_in.args), config, "networks.lora", quality=quality)
+    hook.install()
+    return hook
+
+
+def timesteps_of(name, passed):
+    return passed[2].float() * (1000 if name == "anima" else 1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sharp_images_train_as_without(stand_ins, name):
+    plain = stand_ins.make(name)
+    expected = [(plain.process_batch(seed=seed), plain.passes[-1]) for seed in range(3)]
+    stand_in = stand_ins.make(name)
+    install(stand_in, [SHARP] * 3)
+    for seed, (loss, passed) in enumerate(expected):
+        assert torch.equal(stand_in.process_batch(seed=seed), loss)
+        assert all(map(torch.equal, stand_in.passes[-1], passed))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_only_timesteps_below_the_least_change(stand_ins, name):
+    plain, stand_in = stand_ins.make(name), stand_ins.make(name)
+    images = [BAD, SHARP, WORSE]
+    install(stand_in, images)
+    raised = 0
+    for seed in range(12):
+        plain.process_batch(seed=seed)
+        loss = stand_in.process_batch(seed=seed)
+        before, after = timesteps_of(name, plain.passes[-1]), timesteps_of(name, stand_in.passes[-1])
+        for sample, image in enumerate(images):
+            least = LEAST.get(image, 0)
+            pairs = zip(plain.passes[-1], stand_in.passes[-1], strict=True)
+            same = [torch.equal(one[sample], other[sample]) for one, other in pairs]
+            if before[sample] >= least:
+                assert all(same)
+            else:
+                raised += 1
+                assert not any(same[::2])  # its noise, and so a target of noise, stays
+                assert after[sample] >= least - 1e-3
+        assert loss.isfinite()
+    assert raised > 6
+
+
+DISTRIBUTIONS = {
+    "sd15": {},
+    "sdxl": {"min_timestep": 300, "max_timestep": 950},
+    "sd3": {"weighting_scheme": "logit_normal", "logit_mean": 0.0, "logit_std": 1.0},
+    "flux": {"timestep_sampling": "shift", "discrete_flow_shift": 3.0, "sigmoid_scale": 1.0},
+    "anima": {"timestep_sampling": "sigmoid", "sigmoid_scale": 1.0},
+}
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_the_distribution_is_the_trainers_own_above_the_least(stand_ins, name):
+    plain, stand_in = (stand_ins.make(name, **DISTRIBUTIONS[name]) for _ in range(2))
+    install(stand_in, [BAD] * 3)
+    own, above = [], []
+    for seed in range(300):
+        plain.process_batch(seed=seed)
+        own += timesteps_of(name, plain.passes[-1]).tolist()
+        stand_in.process_batch(seed=1000 + seed)
+        above += timesteps_of(name, stand_in.passes[-1]).tolist()
+    expected = [timestep for timestep in own if timestep >= LEAST[BAD]]
+    assert min(above) >= LEAST[BAD] - 1e-3
+    assert stats.ks_2samp(above, expected).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd3", "flux"])
+def test_a_shared_timestep_counts_the_images_that_may_train_there(stand_ins, name):
+    stand_in = stand_ins.make(name)
+    hook = install(stand_in, [SHARP, BAD, SHARP], dist_match=0.1, timesteps="shared", min_timestep=1, max_timestep=999)
+    for seed in range(4):
+        base = stand_in.process_batch(seed=seed)
+        timesteps = timesteps_of(name, stand_in.passes[-1])
+        shared = hook.term._plan.shared
+        assert timesteps[0] == timesteps[2] == pytest.approx(shared, abs=1)
+        counted = torch.tensor([1.0, float(shared >= LEAST[BAD]), 1.0])
+        assert timesteps[1] >= LEAST[BAD] - 1e-3
+        metrics = hook.term.settle(seed + 1)
+        stand_in.batch["loss_weights"] = counted
+        low, high = expected_bands(
+            stand_in, (*stand_in.passes[-1][:2], [shared / (1000 if name == "anima" else 1)] * 3)
+        )
+        stand_in.batch["loss_weights"] = torch.ones(3)
+        assert (metrics.low, metrics.high) == pytest.approx((low, high), rel=1e-3)
+        assert base.isfinite()
+
+
+def test_an_extra_pass_counts_the_images_that_may_train_there(stand_ins):
+    stand_in = stand_ins.make("sd15")
+    hook = install(stand_in, [SHARP, WORSE, BAD], dist_match=0.1, min_timestep=500, max_timestep=700)
+    seen = set()
+    for seed in range(8):
+        stand_in.process_batch(seed=seed)
+        extra, base = stand_in.passes
+        metrics = hook.term.settle(seed + 1)
+        counted = [1.0, 0.0, float(extra[2][0] >= LEAST[BAD])]
+        stand_in.batch["loss_weights"] = torch.tensor(counted)
+        assert (metrics.low, metrics.high) == pytest.approx(expected_bands(stand_in, extra), rel=1e-4)
+        stand_in.batch["loss_weights"] = torch.ones(3)
+        assert (timesteps_of("sd15", base) >= torch.tensor([0, LEAST[WORSE], LEAST[BAD]])).all()
+        seen.add(counted[2])
+    assert seen == {0.0, 1.0}
+
+
+def test_without_an_image_for_its_term_there_is_no_extra_pass(stand_ins):
+    stand_in = stand_ins.make("sd15")
+    hook = install(stand_in, [WORSE] * 3, dist_match=0.1)
+    stand_in.process_batch()
+    assert len(stand_in.passes) == 1
+    assert hook.term.settle(1).total == 0
+
+
+def test_own_timesteps_are_those_after_the_draw(stand_ins):
+    stand_in = stand_ins.make("sd15")
+    hook = install(stand_in, [SHARP, BAD, WORSE], dist_match=0.1, timesteps="own", min_timestep=0, max_timestep=1000)
+    stand_in.process_batch()
+    metrics = hook.term.settle(1)
+    assert (metrics.low, metrics.high) == pytest.approx(expected_bands(stand_in, stand_in.passes[-1]), rel=1e-4)
+
+
+def test_balance_and_quality_together(stand_ins):
+    stand_in = stand_ins.make("sd15")
+    hook = install(stand_in, [SHARP, BAD, WORSE], balance="band", method="fft")
+    for seed in range(3):
+        assert stand_in.process_batch(seed=seed).isfinite()
+        assert timesteps_of("sd15", stand_in.passes[-1])[2] >= LEAST[WORSE]
+        assert hook.term.settle(seed + 1) is not None
+
+
+def test_validation_is_left_alone(stand_ins):
+    stand_in = stand_ins.make("sd15")
+    plain = stand_in.process_batch(is_train=False)
+    install(stand_in, [WORSE] * 3)
+    assert torch.equal(stand_in.process_batch(is_train=False), plain)
+
+
+def test_the_stand_ins_have_the_schedule_that_least_timesteps_assume(stand_ins):
+    from freq_loss_plugin.image_quality.detectability import stable_diffusion_alphas
+
+    for name in ("sd15", "sdxl"):
+        expected = stand_ins.make(name).scheduler.alphas_cumprod
+        torch.testing.assert_close(stable_diffusion_alphas().float(), expected, rtol=1e-5, atol=0)
+    assert stable_diffusion_alphas().numpy() == pytest.approx(oracle.stable_diffusion_alphas_cumprod(), rel=1e-6)
