@@ -200,13 +200,17 @@ def _check_reachable(least: Mapping[Path, int], end: int) -> None:
 
 def _summary(images: Mapping[Path, Size], defects: Mapping[Path, Defect], least: Mapping[Path, int]) -> str:
     """``24 images: 6 full quality, 18 at 12% of the resolution, train at t ≥ 690``."""
-    groups = Counter((str(defects.get(image, "as the user says")), value) for image, value in least.items())
+    groups = Counter((_quality(defects.get(image)), value) for image, value in least.items())
     parts = [f"{len(images) - len(least)} full quality"]
     shown = groups.most_common(_MOST_LISTED)
-    parts += [f"{count} at {defect}, train at t ≥ {value}" for (defect, value), count in shown]
+    parts += [f"{count} {quality}, train at t ≥ {value}" for (quality, value), count in shown]
     rest = sum(groups.values()) - sum(count for _, count in shown)
     parts += [f"{rest} others, train at t ≥ {min(least.values())} or more"] if rest else []
     return f"{len(images)} images: {'; '.join(parts)}"
+
+
+def _quality(defect: Defect | None) -> str:
+    return "by your own rule" if defect is None else f"at {defect}"
 
 
 def _warnings(found: Mapping[Path, Measurement], images: Mapping[Path, Size], least: Mapping[Path, int]) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .fields import ConfigError, nearest
-from .parsing import flatten
+from .parsing import flatten, sections
 
 # The section of the TOML that holds the options, and the beginning of nearly every key.
 SECTION = "freq_loss"
@@ -36,9 +36,9 @@ def flat_options(values: Mapping[str, Any], known: Sequence[str], own: Sequence[
     if not isinstance(section, Mapping):
         raise ConfigError(f"{SECTION} = {section!r}: expected a section; write [{SECTION}] on a line of its own")
     check_section(section, known, own)
-    flat = flatten(values)
-    for name, table in values.items():
-        for key, value in table.items() if isinstance(table, Mapping) else ():
+    flat = flatten(values, known)
+    for name, table in sections(values, known).items():
+        for key, value in table.items():
             if flat[key] != value and key in known:
                 raise ConfigError(f"{key} is given twice: {flat[key]!r} and, in [{name}], {value!r}; keep one")
     for key in flat:

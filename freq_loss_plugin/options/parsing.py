@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -39,12 +39,17 @@ def parse(option: Any, value: str) -> Any:
         raise ConfigError(f"{key_of(option)} = {value!r}: expected {expectation(option)}") from None
 
 
-def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
+def sections(values: Mapping[str, Any], known: Container[str] = ()) -> dict[str, Mapping[str, Any]]:
+    """The sections of a TOML by name; those called like an option in ``known`` are that option's value."""
+    return {key: value for key, value in values.items() if isinstance(value, Mapping) and key not in known}
+
+
+def flatten(values: Mapping[str, Any], known: Container[str] = ()) -> dict[str, Any]:
     """One level of sections merged into the top level, as sd-scripts does; of two equal keys the first wins."""
-    flat = {key: value for key, value in values.items() if not isinstance(value, Mapping)}
-    for table in values.values():
-        if isinstance(table, Mapping):
-            flat = {**table, **flat}
+    tables = sections(values, known)
+    flat = {key: value for key, value in values.items() if key not in tables}
+    for table in tables.values():
+        flat = {**table, **flat}
     return flat
 
 
