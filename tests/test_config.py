@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
+import re
+from pathlib import Path
 
 import pytest
 
 from freq_loss_plugin import ConfigError, FreqLossConfig
 from freq_loss_plugin.options.advice import useless_settings
+from freq_loss_plugin.options.image_rules import rules_by_image
 from freq_loss_plugin.options.parsing import parse_pairs, parse_strings
 
 # What a user may write, and words that the error must contain: the key, the value, what is allowed or nearest.
@@ -103,6 +107,9 @@ def test_defaults_are_those_of_the_specification():
         "gradient_ratio": 0.0,
         "grad_cosine": False,
         "validation": False,
+        "image_quality": "off",
+        "image_quality_threshold": 16.0,
+        "image_rules": None,
         "guidance_token": 0.0,
         "network_module": None,
         "min_snr_gamma": 5.0,
@@ -164,3 +171,66 @@ def test_metadata_hold_every_option_as_text():
     assert metadata["ss_freq_loss_levels"] == "3"
     assert len(metadata) == len(dataclasses.fields(FreqLossConfig))
     assert all(isinstance(value, str) for value in metadata.values())
+
+
+RULES = {"10_scans": {"least_timestep": 600}, "5_thumbnails": {"effective_resolution": 0.25}}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"freq_loss": {"image_quality": RULES}},
+        {"image_quality": RULES},  # what sd-scripts makes of it
+        argparse.Namespace(image_quality=RULES, learning_rate=1e-4),
+    ],
+    ids=["section", "flattened", "namespace"],
+)
+def test_rules_are_a_section_of_their_own(values):
+    config = FreqLossConfig.from_mapping(values)
+    assert config.image_rules == RULES
+    assert config.gated
+    assert config.changes_training
+    assert not config.without_effect().changes_training
+    assert config.metadata()["ss_freq_loss_image_rules"] == str(RULES)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ({"least_timestep": 1000}, "a timestep from 0 to below 1000"),
+        ({"least_timestep": True}, "expected"),
+        ({"effective_resolution": 0}, "above 0 and at most 1"),
+        ({"effective_resolution": "0.5"}, "expected"),
+        ({"resolution": 0.5}, "did you mean effective_resolution?"),
+        ({"least_timestep": 1, "effective_resolution": 0.5}, "expected"),
+        ({}, "expected"),
+        (600, "= 600: expected"),
+    ],
+    ids=str,
+)
+def test_a_rule_that_cannot_be_is_refused(rule, message):
+    with pytest.raises(ConfigError, match=re.escape(message)) as error:
+        FreqLossConfig.from_mapping({"freq_loss": {"image_quality": {"10_scans": rule}}})
+    assert '[freq_loss.image_quality] "10_scans"' in str(error.value)
+
+
+def test_rules_are_not_a_text():
+    with pytest.raises(
+        ConfigError, match=r"image_quality = 'auto' \(str\): expected a section \[freq_loss.image_quality"
+    ):
+        FreqLossConfig.from_mapping({"image_quality": "auto"})
+
+
+def test_rules_hold_for_the_nearest_folder():
+    images = [Path(name) for name in ("/a/10_scans/1.png", "/a/10_scans/5_thumbnails/1.png", "/b/1_other/1.png")]
+    found = rules_by_image(RULES, images)
+    assert found == {images[0]: RULES["10_scans"], images[1]: RULES["5_thumbnails"]}
+    assert rules_by_image({"a/10_scans": RULES["10_scans"]}, images).keys() == set(images[:2])
+    with pytest.raises(ConfigError, match="'10_scan'|\"10_scan\".*Did you mean '10_scans'"):
+        rules_by_image({"10_scan": RULES["10_scans"]}, images)
+
+
+@pytest.mark.parametrize("threshold", [0, -1, math.inf])
+def test_a_threshold_is_above_0(threshold):
+    with pytest.raises(ConfigError, match="image_quality_threshold = .*: expected a finite number > 0; 16 is usual"):
+        FreqLossConfig(image_quality_threshold=threshold)

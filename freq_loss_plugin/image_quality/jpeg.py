@@ -37,9 +37,10 @@ def quality_of_tables(tables: Mapping[int, Sequence[int]]) -> int | None:
     """libjpeg's quality, 1..100, of a file's quantization tables, luminance first; None without one."""
     if not tables:
         return None
-    percent = 100 * sum(tables[min(tables)]) / float(_STANDARD.sum())
-    quality = 5000 / percent if percent > 100 else (200 - percent) / 2
-    return round(min(max(quality, 1), 100))
+    # Sorted, since programs keep them in different orders.
+    table = torch.tensor(sorted(tables[min(tables)]), dtype=torch.float64)
+    distances = [float((table - _table(quality).flatten().sort().values).abs().sum()) for quality in range(1, 101)]
+    return 1 + distances.index(min(distances))
 
 
 def quality_of_pixels(pixels: Tensor) -> int | None:

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from ..analysis.spectra import RadialSpectrum, radial_power_spectrum
 
-# The octaves to which the law is fitted begin here, in cycles per image side, and are two; or one, where a blur takes
-# more than this many nepers of power out of the second.
+# The octaves to which the law is fitted begin here, in cycles per image side, and are three; or fewer, at least one,
+# where a blur takes more than this many nepers of power out of the others.
 _FIRST, _MOST_LOSS = 3, 1.0
 _STEEPEST = 3.0
-# A fit over two octaves, or over one, that is steeper than this is no such law; flat shapes measure a little over 3.
+# A fit that is steeper than this is no such law, which for flat shapes comes out between 2.7 and 3.4; less is certain of
+# one that is over fewer than two octaves.
 _STEEPEST_FITS = 3.5, 4.5
 
 
@@ -59,7 +60,7 @@ def fit_power_law(pixels: Tensor, blur: float = 0.0) -> SpectrumFit:
     frequency, power = spectrum.frequency.double(), spectrum.power.double().clamp(min=1e-12)
     first = _FIRST / min(height, width)
     loss = (2 * math.pi * blur * frequency).square()
-    end = torch.where(loss < _MOST_LOSS, frequency, 0).max().clamp(2 * first, 4 * first)
+    end = torch.where(loss < _MOST_LOSS, frequency, 0).max().clamp(2 * first, 8 * first)
     fitted = (frequency >= first * 0.99) & (frequency <= end)
     sharp = power.log() + loss
     # Rings are narrow at high frequencies; so each octave counts alike.
