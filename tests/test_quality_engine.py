@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import bad_images
 import pytest
+import toml
 import torch
 from bad_images import enlarged, scene
 from engine_runs import load_lora, metadata_of
@@ -48,7 +51,7 @@ def make_trainer(images, output, loss, **values):
     accelerator = run.make_accelerator(made)
     data, loaded = dataset.find(made), model.load(made, accelerator.device)
     survey = survey_images(made, loss, data, loaded)
-    trainer = Trainer(made, loss, dataset.replace(data, survey=survey), loaded, accelerator)
+    trainer = Trainer(made, loss, replace(data, survey=survey), loaded, accelerator)
     trainer.encode()
     return trainer
 
@@ -104,10 +107,10 @@ def test_timesteps_and_noise_of_sharp_images_are_what_they_were(images, tmp_path
 
 def train(images, output, *arguments, **values):
     output.mkdir(exist_ok=True)
-    toml = output / "config.toml"
+    file = output / "config.toml"
     lines = [f"{key} = {value!r}".replace("'", '"') for key, value in values_of(images, output, **values).items()]
-    toml.write_text("\n".join(lines), encoding="utf-8")
-    return main(["train", "--config", str(toml), *arguments])
+    file.write_text("\n".join(lines), encoding="utf-8")
+    return main(["train", "--config", str(file), *arguments])
 
 
 def test_a_set_of_sharp_images_trains_bit_identically(images, tmp_path, capsys):
@@ -131,16 +134,16 @@ def test_a_resumed_run_is_the_uninterrupted_one(images, tmp_path):
 
 
 def test_a_rule_in_the_toml(images, tmp_path, capsys):
-    toml = tmp_path / "config.toml"
+    file = tmp_path / "config.toml"
     rules = '\n[freq_loss]\ndist_match = 0\n[freq_loss.image_quality]\n"2_bad" = { least_timestep = 650 }\n'
     lines = [f"{key} = {value!r}".replace("'", '"') for key, value in values_of(images / "mixed", tmp_path).items()]
-    toml.write_text("\n".join(lines) + rules, encoding="utf-8")
-    assert main(["train", "--config", str(toml)]) == 0
+    file.write_text("\n".join(lines) + rules, encoding="utf-8")
+    assert main(["train", "--config", str(file)]) == 0
     out = capsys.readouterr().out
     assert "3 by your own rule, train at t ≥ 650" in out
     assert "image_quality = {'2_bad': {'least_timestep': 650}}" in out
-    read, loss = settings.read_file(toml, {})
-    again, loss_again = settings.read(__import__("toml").loads(settings.as_toml(read, loss)))
+    read, loss = settings.read_file(file, {})
+    again, loss_again = settings.read(toml.loads(settings.as_toml(read, loss)))
     assert (again, loss_again) == (read, loss)
 
 

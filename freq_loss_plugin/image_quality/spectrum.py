@@ -23,8 +23,8 @@ from ..analysis.spectra import RadialSpectrum, radial_power_spectrum
 # where a blur takes more than this many nepers of power out of the others.
 _FIRST, _MOST_LOSS = 3, 1.0
 _STEEPEST = 3.0
-# A fit that is steeper than this is no such law, which for flat shapes comes out between 2.7 and 3.4; less is certain of
-# one that is over fewer than two octaves.
+# A fit that is steeper than this is no such law, which for flat shapes comes out between 2.7 and 3.4; a fit over fewer
+# than two octaves is less certain.
 _STEEPEST_FITS = 3.5, 4.5
 
 
