@@ -26,7 +26,8 @@ from torch import Tensor, autocast
 
 from freq_loss_plugin import FreqLossConfig
 from freq_loss_plugin.toy_model import model_folder
-from freq_loss_plugin.training.passes import Pass
+from freq_loss_plugin.training.least_timesteps import draw_above, raised, several_of
+from freq_loss_plugin.training.passes import Pass, stream_above
 from freq_loss_plugin.training.term import FrequencyTerm
 
 MODES: dict[str, dict[str, Any]] = {
@@ -37,7 +38,10 @@ MODES: dict[str, dict[str, Any]] = {
     "unified": {"freq_loss_timesteps": "unified"},
     "balance by timestep": {"dist_match": 0.0, "freq_loss_balance": "timestep"},
     "balance by band": {"dist_match": 0.0, "freq_loss_balance": "band"},
+    "image quality": {"dist_match": 0.0, "freq_loss_image_quality": "auto"},
 }
+# The least timestep of every other image in the last mode.
+LEAST = 600
 TOKENS = 77
 # What differs from the defaults of UNet2DConditionModel.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -56,6 +60,11 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def draw(count: int) -> Tensor:
+    """Timesteps of the base pass, shape (count,)."""
+    return torch.randint(1000, (count,))
 
 
 class Step:
@@ -92,8 +101,11 @@ class Step:
 
     def run(self, term: FrequencyTerm, number: int) -> bool:
         """Train step ``number`` with a term; whether the term took part in it."""
-        plan = term.plan(len(self._latents), lambda count: torch.randint(1000, (count,)))
-        own = torch.randint(1000, (len(self._latents),))
+        plan = term.plan(len(self._latents), draw)
+        own = draw(len(self._latents))
+        if term.config.gated:
+            least = LEAST * (torch.arange(len(own)) % 2)
+            own = raised(own, least, draw_above(several_of(draw, len(own)), least, stream_above(plan, process=0)))
         if plan.extra is not None:
             term.extra_pass(self._pass(torch.full_like(own, plan.extra), plan.extra), Tensor.backward)
         base = self._pass(own if plan.timesteps is None else plan.timesteps)

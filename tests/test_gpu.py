@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from freq_loss_plugin import FreqLossConfig, frequency_matching_loss
+from freq_loss_plugin.training.least_timesteps import draw_above, raised
 from freq_loss_plugin.training.passes import Pass
 from freq_loss_plugin.training.term import FrequencyTerm
 
@@ -107,7 +108,11 @@ OPTIONS = [
     {"timesteps": "unified", "gradient_ratio": 0.1},
     {"dist_match": 0.0, "balance": "timestep"},
     {"timesteps": "shared", "gradient_ratio": 0.1, "balance": "band"},
+    {"timesteps": "shared", "gradient_ratio": 0.1, "image_quality": "auto"},
+    {"timesteps": "own", "image_quality": "auto"},
 ]
+# The least timesteps of the images in a batch with ``image_quality``.
+LEAST = torch.tensor([0, 300, 700, 0])
 
 
 class Steps:
@@ -123,10 +128,13 @@ class Steps:
         return Pass(self.weight * self.clean + self.noise, self.noise, timesteps, ALPHAS_ON[DEVICE.type])
 
     def step(self):
-        plan = self.term.plan(BATCH, lambda count: torch.full((count,), 400))
+        least = LEAST if self.term.config.gated else None
+        plan = self.term.plan(BATCH, lambda count: torch.full((count,), 400), least=least)
         if plan.extra is not None:
             self.term.extra_pass(self.run(plan.extra), torch.Tensor.backward)
         timesteps = self.own if plan.timesteps is None else plan.timesteps.to(DEVICE, non_blocking=True)
+        if least is not None:
+            timesteps = raised(timesteps, least, draw_above(lambda: torch.full((1, BATCH), 800), least, plan.stream))
         passed = self.run(timesteps)
         balanced = self.term.balance(passed)
         losses = (balanced.prediction.float() - self.noise.float()).square().mean(dim=(1, 2, 3))
