@@ -107,20 +107,26 @@ def _raise_in_schedule(original: Callable[..., Tensor], given: dict[str, Any], l
 
 def _raise_noise_levels(
     kind: TrainerKind, original: Callable[..., Any], given: dict[str, Any], least: Tensor, stream: str
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor | None, ...]:
     """What the trainer drew, for samples below their least timestep replaced by the same at a timestep above it."""
-    drawn: tuple[Tensor, ...] = original(**given)
+    drawn: tuple[Any, ...] = original(**given)
     draw, per_sample = _draws(original, given)
     redraw = several_of(draw, len(least)) if per_sample is None else lambda: per_sample.draw()[None]
     above = draw_above(redraw, least, stream)
     fixed = _at_noise_levels(kind, given["args"], above, given["device"])
     with separate_random_stream(f"{stream}:noise", torch.device(given["device"])):
-        replaced: tuple[Tensor, ...] = original(**{**_without_offsets(given), "args": fixed})
+        replaced: tuple[Any, ...] = original(**{**_without_offsets(given), "args": fixed})
     below = drawn[1] < least.to(drawn[1].device, non_blocking=True)
-    return tuple(
-        torch.where(below.view(-1, *(1,) * (one.ndim - 1)), other, one)
-        for one, other in zip(drawn, replaced, strict=True)
-    )
+    # Early versions return no sigma but where ``timestep_sampling`` is "sigma", which the replacement's is not.
+    sigma = (above.float() / NUM_TRAIN_TIMESTEPS).to(below.device, non_blocking=True)
+
+    def choose(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+        if one is None:
+            return None
+        shape = (-1, *(1,) * (one.ndim - 1))
+        return torch.where(below.view(shape), sigma.view(shape).to(one.dtype) if other is None else other, one)
+
+    return tuple(map(choose, drawn, replaced))
 
 
 def _choose_from_schedule(original: Callable[..., Tensor], given: dict[str, Any], choose: Choose) -> Tensor:

@@ -137,6 +137,21 @@ def test_an_extra_pass_counts_the_images_that_may_train_there(stand_ins):
     assert seen == {0.0, 1.0}
 
 
+@pytest.mark.parametrize("scheme", ["sigma_sqrt", "logit_normal"])
+def test_weights_by_sigma_are_those_of_the_timestep(stand_ins, scheme):
+    """FLUX with a reshaped prediction: sd-scripts weighs the loss by the sigma of each sample."""
+    settings = {"timestep_sampling": "sigma", "model_prediction_type": "sigma_scaled", "weighting_scheme": scheme}
+    stand_in = stand_ins.make("flux", **settings)
+    install(stand_in, [SHARP, BAD, WORSE])
+    for seed in range(4):
+        loss = stand_in.process_batch(seed=seed)
+        prediction, target, timesteps = stand_in.passes[-1]
+        assert (timesteps >= torch.tensor([0, LEAST[BAD], LEAST[WORSE]]) - 1e-3).all()
+        weights = (timesteps / 1000) ** -2 if scheme == "sigma_sqrt" else torch.ones(3)
+        expected = ((prediction - target).square().mean(dim=(1, 2, 3)) * weights).mean()
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-3)
+
+
 def test_without_an_image_for_its_term_there_is_no_extra_pass(stand_ins):
     stand_in = stand_ins.make("sd15")
     hook = install(stand_in, [WORSE] * 3, dist_match=0.1)

@@ -16,8 +16,8 @@ pytestmark = [pytest.mark.sd_scripts, pytest.mark.long, pytest.mark.filterwarnin
 
 AUTO = {"dist_match": 0, "freq_loss_image_quality": "auto"}
 BUCKETS = {"enable_bucket": True, "min_bucket_reso": 64, "bucket_reso_steps": 64}
-SETTINGS = {"resolution": "128,128", "max_train_steps": 16, "network_train_unet_only": True}
-SHARP, BAD, WIDE, REGULARIZATION = "1_sharp", "2_bad", "1_wide", "1_reg"
+SETTINGS = {"resolution": "128,128", "max_train_steps": 24, "network_train_unet_only": True}
+SHARP, BAD, WIDE, REGULARIZATION = "2_sharp", "2_bad", "2_wide", "1_reg"
 
 
 @pytest.fixture(scope="module")
