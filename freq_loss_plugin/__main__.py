@@ -14,9 +14,14 @@ from .training.monitor import NonFiniteLossError
 # The packages that each command needs; the extra ``train`` in pyproject.toml installs all of them.
 REQUIRED = {
     "train": ("diffusers", "transformers", "peft", "accelerate", "safetensors", "PIL", "matplotlib", "tqdm"),
+    "inspect": ("PIL", "tqdm", "toml"),
     "extract-features": ("transformers", "safetensors", "PIL", "tqdm", "toml"),
 }
-MODULES = {"train": "freq_loss_plugin.engine.cli", "extract-features": "freq_loss_plugin.guidance_token.extract"}
+MODULES = {
+    "train": "freq_loss_plugin.engine.cli",
+    "inspect": "freq_loss_plugin.inspection.cli",
+    "extract-features": "freq_loss_plugin.guidance_token.extract",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,6 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     descriptions = {
         "train": "train a LoRA with the frequency loss, without sd-scripts",
+        "inspect": "show what is wrong with training images: blur, JPEG, noise, and the least timestep of each",
         "extract-features": "write the CLIP features of training images, for guidance_token",
     }
     parsers = {name: commands.add_parser(name, allow_abbrev=False, help=text) for name, text in descriptions.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from collections.abc import Mapping
@@ -11,10 +12,38 @@ from typing import Any
 import toml
 
 from .options.fields import ConfigError
+from .options.parsing import flatten
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl")
 # The options of sd-scripts that name the images.
 SOURCES = ("train_data_dir", "reg_data_dir", "dataset_config", "in_json")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name the images of a run: `SOURCES`, and a kohya TOML that has them."""
+    for source in SOURCES:
+        parser.add_argument(f"--{source}", metavar="PATH", help="as in sd-scripts")
+    parser.add_argument("--config_file", type=Path, metavar="TOML", help="a kohya TOML that names the images")
+
+
+def read_config(options: argparse.Namespace) -> dict[str, Any]:
+    """What the kohya TOML of `add_arguments` says, flat; the sources on the command line take precedence.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    given = {source: getattr(options, source) for source in SOURCES if getattr(options, source)}
+    if options.config_file is None:
+        return given
+    try:
+        return flatten(toml.load(options.config_file)) | given
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--config_file {options.config_file} cannot be read: {error}") from None
+
+
+def sources(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `find_images` out of a flat configuration."""
+    return {source: config.get(source) for source in SOURCES}
 
 
 def find_images(

@@ -20,7 +20,7 @@ HOSTS = {"library", "networks", "train_network", "comfy", "comfy_api", "folder_p
 # Packages that are not needed for the loss, and the only places that may import them.
 HEAVY = {
     "accelerate": ["engine"],
-    "diffusers": ["engine"],
+    "diffusers": ["engine", "inspection/cli.py"],
     "transformers": ["engine", "guidance_token/extract.py"],
     "peft": ["engine", "lora/kohya_format.py"],
     "matplotlib": ["analysis/figures.py"],

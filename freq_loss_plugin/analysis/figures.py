@@ -149,6 +149,32 @@ def weights_plot(weights: Mapping[str, Tensor], end: int, size: tuple[int, int] 
     return _render(figure)
 
 
+def timesteps_plot(least: Mapping[str, Sequence[int]], count: int, size: tuple[int, int] = (700, 420)) -> Tensor:
+    """Which fraction of ``count`` images trains at each timestep 0..1000.
+
+    Args:
+        least: name to the least timesteps of the images for which it is known.
+        count: all images.
+        size: width and height in pixels.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    figure = new_figure(*size)
+    axis = figure.add_axes([0.1, 0.12, 0.86, 0.84])
+    timesteps = torch.arange(1001)
+    for color, (name, values) in zip(_CURVES[1:], least.items(), strict=False):
+        fractions = (torch.tensor(values)[:, None] <= timesteps).sum(dim=0) / max(1, count)
+        axis.step(timesteps.numpy(), fractions.numpy(), where="post", color=color, label=name, linewidth=1.6)
+    axis.set_xlim(0, 1000)
+    axis.set_ylim(0, 1.02)
+    axis.set_xlabel("timestep", fontsize=8)
+    axis.set_ylabel("fraction of the images that train there", fontsize=8)
+    axis.tick_params(labelsize=7)
+    axis.legend(fontsize=8, loc="lower right")
+    return _render(figure)
+
+
 def error_map_plot(maps: Bands, loss: FrequencyLoss, heading: str, side: int = 420) -> Tensor:
     """Both maps of `band_error_maps` as heat maps, with their means, L_low and L_high.
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 from pathlib import Path
-from typing import Any
 
-import toml
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -15,10 +13,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig, CLIPImageProcessor, CLIPVisionModelWithProjection
 
+from .. import image_folders
 from ..atomic_files import write_whole
-from ..image_folders import SOURCES, find_images
+from ..image_folders import find_images
 from ..options.fields import ConfigError
-from ..options.parsing import flatten
 from . import features as guidance
 
 DEFAULT_CLIP = "openai/clip-vit-large-patch14"
@@ -82,9 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``extract-features``."""
     parser.description = DESCRIPTION
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    for source in SOURCES:
-        parser.add_argument(f"--{source}", metavar="PATH", help="as in sd-scripts")
-    parser.add_argument("--config_file", type=Path, metavar="TOML", help="a kohya TOML that names the images")
+    image_folders.add_arguments(parser)
     parser.add_argument("--clip", default=DEFAULT_CLIP, metavar="PATH_OR_ID", help=f"default: {DEFAULT_CLIP}")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu, mps, ...")
@@ -98,7 +94,7 @@ def run(options: argparse.Namespace) -> int:
     """
     if options.batch_size < 1:
         raise ConfigError(f"--batch_size {options.batch_size}: expected a whole number >= 1")
-    images = find_images(**_sources(options))
+    images = find_images(**image_folders.sources(image_folders.read_config(options)))
     clip = Clip(options.clip, _device(options.device))
     outdated = [image for image in images if not guidance.is_current(image, clip.identity)]
     current = len(images) - len(outdated)
@@ -148,17 +144,6 @@ def _read(image: Path) -> Image.Image:
     """Read an image as the trainers do: RGB, without its alpha channel, ignoring its EXIF orientation."""
     with Image.open(image) as opened:
         return opened.convert("RGB")
-
-
-def _sources(options: argparse.Namespace) -> dict[str, Any]:
-    given = {source: getattr(options, source) for source in SOURCES}
-    if options.config_file is None:
-        return given
-    try:
-        configured = flatten(toml.load(options.config_file))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--config_file {options.config_file} cannot be read: {error}") from None
-    return {source: given[source] or configured.get(source) for source in SOURCES}
 
 
 def _device(name: str) -> torch.device:

@@ -89,9 +89,10 @@ def survey(
     found = check_readable((measure or measure_all)(to_measure)) if is_auto or defects else {}
     if is_auto:
         defects |= {image: one.defect for image, one in found.items() if one.defect}
-    sharp = [image for image, one in found.items() if not one.defect]
-    known = [image for image in sharp if found[image].blur is not None]
-    energies = defect_energies(set(defects.values()), _references(known or sharp, images, defects), images, encode)
+    references = pick_references(found, images)
+    if defects and not references:
+        raise _no_reference(images, defects)
+    energies = defect_energies(set(defects.values()), references, images, encode)
     least = {
         image: least_timestep(energies[defect], snr, config.image_quality_threshold)
         for image, defect in defects.items()
@@ -124,6 +125,19 @@ def check_readable(found: Mapping[Path, Measured]) -> dict[Path, Measurement]:
     if broken:
         raise ConfigError(f"images that cannot be read: {listed(broken)}; repair or remove them")
     return {image: one for image, one in found.items() if not isinstance(one, str)}
+
+
+def pick_references(found: Mapping[Path, Measurement], images: Mapping[Path, Size]) -> list[Path]:
+    """Some good images that are large enough, from all over the set; those whose sharpness is known, if there are any.
+
+    Args:
+        found: the measurements.
+        images: the sizes in training.
+    """
+    good = [image for image, one in found.items() if not one.defect and min(images[image]) >= GRANULARITY]
+    known = [image for image in good if found[image].blur is not None]
+    chosen = sorted(known or good)
+    return chosen[:: max(1, -(-len(chosen) // _REFERENCES))]
 
 
 def defect_energies(
@@ -164,13 +178,9 @@ def _try_to_measure(image: Path, size: Size | None) -> Measured:
         return f"{type(error).__name__}: {error}"
 
 
-def _references(sharp: Sequence[Path], images: Mapping[Path, Size], defects: Mapping[Path, Defect]) -> list[Path]:
-    """Some good images that are large enough, from all over the set."""
-    large = sorted(image for image in sharp if min(images[image]) >= GRANULARITY)
-    if not defects or large:
-        return large[:: max(1, -(-len(large) // _REFERENCES))]
+def _no_reference(images: Mapping[Path, Size], defects: Mapping[Path, Defect]) -> ConfigError:
     kinds = Counter(map(str, defects.values())).most_common(3)
-    raise ConfigError(
+    return ConfigError(
         f"freq_loss_image_quality: none of the {len(images)} images is sharp, so there is nothing to compare with "
         f"({listed(f'{count} at {kind}' for kind, count in kinds)}). Add sharp images, a few are enough; or set a "
         'least timestep by hand, [freq_loss.image_quality] "FOLDER" = { least_timestep = 600 }; or, where the '

@@ -1,0 +1,1 @@
+"""``python -m freq_loss_plugin inspect``: what is wrong with training images, before anything is trained."""

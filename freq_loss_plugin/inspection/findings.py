@@ -1,0 +1,167 @@
+"""What was found in a set of images: as rows, as a table in plain text, as JSON, and in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..image_quality.measurement import GOOD_JPEG, Measurement
+
+_MOST_ROWS, _MOST_NAME = 40, 44
+# Less than this fraction of sharp images is few.
+_FEW = 0.1
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One image.
+
+    Attributes:
+        name: the file, relative to the folder that all images have in common.
+        file: its path.
+        measured: what was measured; None where it cannot be read.
+        least: the least timestep for SD1.x, SD2.x and SDXL, and for flow matching; None where it is not known.
+        error: why it cannot be read.
+    """
+
+    name: str
+    file: Path
+    measured: Measurement | None
+    least: tuple[int, int] | None = None
+    error: str = ""
+
+    @property
+    def is_bad(self) -> bool:
+        """Whether something is wrong with the image."""
+        return self.measured is None or bool(self.measured.defect)
+
+    @property
+    def badness(self) -> tuple[bool, int, float]:
+        """What the images are sorted by: those that cannot be read, and then the least timestep."""
+        resolution = self.measured.resolution if self.measured is not None else 0.0
+        return self.measured is None, self.least[0] if self.least else int(self.is_bad), -resolution
+
+    @property
+    def remark(self) -> str:
+        """What else there is to say."""
+        if self.measured is None:
+            return self.error
+        return "; ".join(self.measured.notes) or ("" if self.is_bad else "full quality")
+
+    def cells(self) -> list[str]:
+        """Size, effective resolution, JPEG quality, noise and both least timesteps, as text."""
+        one = self.measured
+        if one is None:
+            return ["?"] * 6
+        least = self.least or (("?", "?") if self.is_bad else (0, 0))
+        size = f"{one.size[0]}x{one.size[1]}"
+        return [size, f"{one.resolution:.0%}", str(one.jpeg or "-"), f"{one.noise:.1f}", *map(str, least)]
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, as JSON has it."""
+        if self.measured is None:
+            return {"file": str(self.file), "error": self.error}
+        one = self.measured
+        return {
+            "file": str(self.file),
+            "width": one.size[0],
+            "height": one.size[1],
+            "trained_width": one.trained[0],
+            "trained_height": one.trained[1],
+            "effective_resolution": one.resolution,
+            "blur": one.blur,
+            "jpeg_quality": one.jpeg,
+            "noise": one.noise,
+            "least_timestep_sd": self.least[0] if self.least else None,
+            "least_timestep_flow": self.least[1] if self.least else None,
+            "notes": list(one.notes),
+        }
+
+
+HEADINGS = ("image", "size", "resolution", "JPEG", "noise", "t, SD", "t, flow", "remark")
+
+
+def make_findings(
+    found: Mapping[Path, Measurement | str], least: Mapping[Path, tuple[int, int]] | None
+) -> list[Finding]:
+    """The findings, worst first.
+
+    Args:
+        found: a measurement for each image, or why there is none.
+        least: least timesteps of images with a defect; None where they could not be found.
+    """
+    folder = _common_folder(list(found))
+    findings = []
+    for file, one in found.items():
+        name = file.relative_to(folder).as_posix()
+        if isinstance(one, str):
+            findings.append(Finding(name, file, None, error=one))
+        elif least is None and one.defect:
+            findings.append(Finding(name, file, one))
+        else:
+            findings.append(Finding(name, file, one, (least or {}).get(file, (0, 0))))
+    return sorted(findings, key=lambda finding: finding.badness, reverse=True)
+
+
+def table(findings: Sequence[Finding]) -> str:
+    """The worst images as a table in plain text."""
+    rows = [HEADINGS, *([_shortened(each.name), *each.cells(), each.remark] for each in findings[:_MOST_ROWS])]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
+    lines = []
+    for row in rows:
+        numbers = [cell.rjust(width) for cell, width in zip(row[1:-1], widths[1:-1], strict=True)]
+        lines.append("  ".join([row[0].ljust(widths[0]), *numbers, row[-1]]).rstrip())
+    rest = len(findings) - _MOST_ROWS
+    return "\n".join(lines + ([f"... and {rest} more; --json or --html has all"] if rest > 0 else []))
+
+
+def summary(findings: Sequence[Finding]) -> str:
+    """How many images there are, and how many of them are bad in which way."""
+    measured = [each.measured for each in findings if each.measured is not None]
+    defects = [one.defect for one in measured]
+    parts = {
+        "full quality": sum(not defect for defect in defects),
+        "blurred or enlarged": sum(defect.resolution < 1 for defect in defects),
+        f"JPEG below quality {GOOD_JPEG}": sum(defect.jpeg is not None for defect in defects),
+        "noisy": sum(defect.noise > 0 for defect in defects),
+        "not readable": len(findings) - len(measured),
+    }
+    return f"{len(findings)} images: " + ", ".join(f"{count} {name}" for name, count in parts.items() if count)
+
+
+def advice(findings: Sequence[Finding]) -> list[str]:
+    """What to do, one sentence each."""
+    unreadable = sum(each.measured is None for each in findings)
+    bad = sum(each.is_bad for each in findings) - unreadable
+    sharp = len(findings) - bad - unreadable
+    said = [f"Repair or remove the {unreadable} images that cannot be read: trainers stop there."] if unreadable else []
+    if not bad:
+        return [*said, "Nothing is wrong with the others." if unreadable else "Nothing to do: all are of full quality."]
+    if not sharp:
+        return [
+            *said,
+            "No image is of full quality, so there is nothing to compare with, and nothing that teaches fine detail. "
+            "Add sharp images; a few are enough. Or, where the softness is the style, leave "
+            "freq_loss_image_quality off; or set least timesteps by hand in [freq_loss.image_quality].",
+        ]
+    said.append(
+        f'freq_loss_image_quality = "auto" trains the {bad} bad images at their least timestep (t) and above only, '
+        "where their defects cannot be seen. Better versions of them, if there are any, are better still."
+    )
+    if sharp < _FEW * len(findings):
+        said.append(f"Only {sharp} of {len(findings)} are of full quality: little teaches fine detail. Add sharp ones.")
+    return said
+
+
+def _common_folder(files: Sequence[Path]) -> Path:
+    folders = [file.parent for file in files]
+    common = folders[0]
+    while any(common != folder and common not in folder.parents for folder in folders):
+        common = common.parent
+    return common
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= _MOST_NAME else f"...{name[-_MOST_NAME + 3 :]}"
