@@ -98,9 +98,8 @@ def _spectrum(finding: Finding, image: Image.Image) -> str:
         values = power.clamp(min=1e-12).log10().tolist()
         points = {}  # one for each pixel is enough
         for at, value in zip(frequency, values, strict=True):
-            points[round(_WIDTH * (1 + (at + 1) / 7))] = round(
-                _HEIGHT * (2 - value) / (2 - math.log10(_LOWEST_POWER)), 1
-            )
+            height = _HEIGHT * (_HIGHEST_POWER - value) / (_HIGHEST_POWER - _LOWEST_POWER)
+            points[round(_WIDTH * (1 + (at + 1) / _OCTAVES))] = round(height, 1)
         text = " ".join(f"{x},{min(max(y, 1), _HEIGHT - 1)}" for x, y in points.items() if x >= 0)
         curves.append(f'<polyline class="{name}" points="{text}"/>')
     label = escape(f"power spectrum of {finding.name}")
