@@ -2,7 +2,7 @@
 
 Read it in this order: `core` (what is assumed of ComfyUI), `schema`, `inputs` and `formats` (what several nodes share),
 `lora_files` and `lora_fit` (LoRA files, and whether they fit a model), then the nodes: `bands`, `analysis`,
-`lora_loader`, `lora_gate` (with `lora_branches`), `guidance_token`.
+`quality`, `lora_loader`, `lora_gate` (with `lora_branches`), `guidance_token`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from .bands import BandMerge, BandOperation, BandSplit
 from .guidance_token import GuidanceToken
 from .lora_gate import LoraBandGate
 from .lora_loader import LoraLoader
+from .quality import ImageQuality
 
 # Their ids are saved in everyone's workflows and never change.
 NODES: list[type[io.ComfyNode]] = [
@@ -29,6 +30,7 @@ NODES: list[type[io.ComfyNode]] = [
     BandOperation,
     LoraBandGate,
     GuidanceToken,
+    ImageQuality,
 ]
 
 

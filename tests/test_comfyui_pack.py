@@ -89,6 +89,11 @@ def test_every_node_has_a_help_page_whose_tables_are_its_texts(language):
         assert page.startswith(f"# {words['display_name']}\n")
 
 
+# What help pages write as code beside names of inputs and outputs.
+OTHER_CODE = {"mean", ".safetensors", "guidance_token", "max_token_length"}
+OTHER_CODE |= {'freq_loss_image_quality = "auto"', "python -m freq_loss_plugin inspect"}
+
+
 @pytest.mark.parametrize("language", node_texts.LANGUAGES)
 def test_names_in_help_pages_are_names_of_nodes(language):
     texts = node_texts.texts(language)
@@ -100,7 +105,7 @@ def test_names_in_help_pages_are_names_of_nodes(language):
         page = node_texts.page(node, language).read_text(encoding="utf-8")
         prose = page.split("\n## ")[0]
         for code in re.findall(r"`([^`]+)`", prose):
-            assert code in shown | {"mean", ".safetensors", "guidance_token", "max_token_length"}, (node, code)
+            assert code in shown | OTHER_CODE, (node, code)
         # Other words are bold, too; what looks like the name of a node must be one.
         for bold in re.findall(r"\*\*([^*]+)\*\*", prose):
             assert bold in names or not difflib.get_close_matches(bold, names, cutoff=0.7), (node, bold)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import comfyui_prompts
 import pytest
 import torch
+from bad_images import enlarged, scene
 from comfyui_prompts import BANDS, latent, sdxl_lora
 from safetensors.torch import save_file
 
@@ -12,6 +13,7 @@ from freq_loss_plugin import BandSpec, LossSpec, frequency_matching_loss
 from freq_loss_plugin.analysis.mixing import merge_bands, scale_bands
 from freq_loss_plugin.analysis.spectra import compare_spectra
 from freq_loss_plugin.guidance_token import features as guidance
+from freq_loss_plugin.image_quality.measurement import as_pixels, measure_image
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.filterwarnings("default")]
 
@@ -121,6 +123,35 @@ def test_the_loss_is_that_of_training(nodes):
                 [float(value) for value in (expected.low, expected.high, expected.total)], rel=1e-4
             )
             assert error_map.ndim == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("channels", [3, 4])
+def test_image_quality_is_the_function(nodes, dtype, channels):
+    pixels = [as_pixels(image).movedim(0, -1) for image in (scene(1), enlarged(scene(2), 8))]
+    batch = torch.cat([torch.stack(pixels), torch.rand(2, 128, 128, 1)], dim=-1)[..., :channels].to(dtype)
+    ((report, resolution, spectra),) = nodes(("FreqLoss_ImageQuality", {"images": batch}))
+    expected = [measure_image(scene(1)), measure_image(enlarged(scene(2), 8))]
+    lines = report.splitlines()
+    assert lines[0] == "1: 128 × 128, full quality"
+    assert lines[1] == f"2: 128 × 128, {expected[1].defect}"
+    assert lines[2] == "1 of 2 of full quality"
+    assert resolution == pytest.approx(expected[1].resolution, rel=0 if dtype == torch.float32 else 0.05)
+    assert resolution == pytest.approx(1 / 8, rel=0.3)
+    assert spectra.shape == (2, 440, 700, 3)
+    assert not torch.equal(spectra[0], spectra[1])
+
+
+def test_images_without_a_quality_are_named(nodes):
+    found = nodes(
+        ("FreqLoss_ImageQuality", {"images": torch.ones(1, 128, 128, 3)}),
+        ("FreqLoss_ImageQuality", {"images": torch.rand(1, 8, 200, 3)}),
+        ("FreqLoss_ImageQuality", {"images": torch.rand(1, 80, 80, 1)}),
+    )
+    assert "one color: nothing to measure, taken as good" in found[0][0]
+    assert "200×8 pixels are too few to measure, taken as good" in found[1][0]
+    assert "1 of 1 of full quality" in found[2][0]
+    assert [one[1] for one in found] == [1, 1, 1]
 
 
 def test_the_comparison_of_spectra_is_the_function(nodes):

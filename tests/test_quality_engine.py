@@ -140,7 +140,7 @@ def test_a_rule_in_the_toml(images, tmp_path, capsys):
     file.write_text("\n".join(lines) + rules, encoding="utf-8")
     assert main(["train", "--config", str(file)]) == 0
     out = capsys.readouterr().out
-    assert "3 by your own rule, train at t ≥ 650" in out
+    assert "3 by your own rule, train at t >= 650" in out
     assert "image_quality = {'2_bad': {'least_timestep': 650}}" in out
     read, loss = settings.read_file(file, {})
     again, loss_again = settings.read(toml.loads(settings.as_toml(read, loss)))

@@ -131,7 +131,7 @@ def test_by_hand(toy, images, tmp_path):
     assert min(found[SHARP]) < 400  # nothing is said of it
     assert min(found[WIDE]) >= 400
     assert min(found[BAD]) >= 600
-    assert "2 by your own rule, train at t ≥ 400" in run.output
+    assert "2 by your own rule, train at t >= 400" in run.output
 
 
 @pytest.mark.parametrize(

@@ -124,6 +124,25 @@ def spectrum_plot(comparison: SpectrumComparison, boundary_name: str, size: tupl
     return _render(figure)
 
 
+def law_plot(
+    spectrum: RadialSpectrum | None, expected: Tensor | None, title: str, size: tuple[int, int] = (700, 440)
+) -> Tensor:
+    """A radial power spectrum and the power expected at its frequencies; without one, the title alone.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    figure = new_figure(*size)
+    figure.text(0.5, 0.96, title, fontsize=9, ha="center", va="top", wrap=True)
+    if spectrum is None or expected is None:
+        return _render(figure)
+    axis = figure.add_axes([0.1, 0.12, 0.87, 0.76])
+    axis.loglog(spectrum.frequency, expected, color=COLORS[3], linestyle="--", label="expected power law")
+    axis.loglog(spectrum.frequency, spectrum.power.clamp(min=1e-12), color=COLORS[0], linewidth=1.4, label="measured")
+    _label_frequencies(axis, float(spectrum.frequency[0]))
+    return _render(figure)
+
+
 def weights_plot(weights: Mapping[str, Tensor], end: int, size: tuple[int, int] = (700, 420)) -> Tensor:
     """Weights over timesteps 0..end as steps, one per bin, on a logarithmic scale.
 
@@ -223,7 +242,10 @@ def _draw_spectra(axis: Any, spectra: Mapping[str, RadialSpectrum], boundary: fl
     style = {"transform": axis.get_xaxis_transform(), "fontsize": 7, "va": "top"}
     axis.text(boundary * 0.95, 0.98, "low", ha="right", **style)
     axis.text(boundary * 1.05, 0.98, f"high, from {boundary:.3g}", ha="left", **style)
-    lowest = min(float(spectrum.frequency[0]) for spectrum in spectra.values())
+    _label_frequencies(axis, min(float(spectrum.frequency[0]) for spectrum in spectra.values()))
+
+
+def _label_frequencies(axis: Any, lowest: float) -> None:
     ticks = [tick for tick in _FREQUENCY_TICKS if tick >= lowest]
     axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axis.minorticks_off()

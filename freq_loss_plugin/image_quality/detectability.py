@@ -1,14 +1,14 @@
 r"""From which noise level on a defect can no longer be seen.
 
-With Δz the difference between the latents of an image with and without the defect, an ideal observer of the noisy
+With dz the difference between the latents of an image with and without the defect, an ideal observer of the noisy
 latents tells both apart with the detectability
 
 .. math:: d'^2(t) = SNR(t) \cdot \|\Delta z\|^2, \qquad SNR = \frac{\bar\alpha_t}{1 - \bar\alpha_t}
           \quad\text{or, for flow matching,}\quad \left(\frac{1 - \sigma}{\sigma}\right)^2
 
-A network sees patches, not the whole image at once, so ‖Δz‖² is that of a patch of 128×128 pixels.
+A network sees patches, not the whole image at once, so |dz|^2 is that of a patch of 128×128 pixels.
 
-Source: the principle, G. Daras et al. (2025), Ambient Diffusion Omni, arXiv 2506.10038; d′ is that of signal detection.
+Source: the principle, G. Daras et al. (2025), Ambient Diffusion Omni, arXiv 2506.10038; d' is that of signal detection.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ HIGHEST = 900
 
 
 def patch_energy(difference: Tensor, pixels: tuple[int, int]) -> float:
-    """‖Δz‖² of a patch of `PATCH_PIXELS`², on average over the image.
+    """|dz|^2 of a patch of `PATCH_PIXELS`², on average over the image.
 
     Args:
-        difference: Δz, any shape.
+        difference: dz, any shape.
         pixels: width and height of the image.
     """
     return float(difference.double().square().sum()) * PATCH_PIXELS**2 / (pixels[0] * pixels[1])
@@ -63,12 +63,12 @@ def stable_diffusion_alphas(*, zero_terminal_snr: bool = False) -> Tensor:
 
 
 def least_timestep(energy: float, snr: Tensor, threshold: float) -> int:
-    """The first timestep from which on d′² stays below ``threshold``; at most `HIGHEST`.
+    """The first timestep from which on d'² stays below ``threshold``; at most `HIGHEST`.
 
     Args:
-        energy: ‖Δz‖² of a patch.
+        energy: |dz|^2 of a patch.
         snr: see `signal_to_noise`; it falls with the timestep.
-        threshold: of d′².
+        threshold: of d'².
     """
     seen = (snr * energy >= threshold).nonzero()
     return min(int(seen.max()) + 1, HIGHEST) if len(seen) else 0

@@ -1,13 +1,13 @@
 r"""How blurred an image is at its sharpest edges.
 
-A step blurred by a Gaussian of standard deviation σ has, after another Gaussian of standard deviation s, the gradient
+A step blurred by a Gaussian of standard deviation sigma has, after another of standard deviation s, the gradient
 
 .. math:: g(s) = \frac{A}{\sqrt{2\pi(\sigma^2 + s^2)}}, \qquad
           \sigma^2 = \frac{b^2 - R^2 a^2}{R^2 - 1}, \quad R = \frac{g(a)}{g(b)}
 
-at its edge, so two scales a < b give σ, and further scales tell whether it is a step at all: a thin line, a ripple or
-the edge of a texture loses its gradient faster. An image that is in focus anywhere has sharp edges there; an image
-that was enlarged or blurred has none.
+at its edge, so two scales a < b give sigma, and further scales tell whether it is a step at all: a thin line, a
+ripple or the edge of a texture loses its gradient faster. An image that is in focus anywhere has sharp edges there; an
+image that was enlarged or blurred has none.
 
 Source: S. Zhuo, T. Sim (2011), Defocus map estimation from a single image, Pattern Recognition 44.
 """
@@ -84,7 +84,7 @@ def _starts(length: int, tile: int) -> list[int]:
 
 
 def _blurs(tiles: Tensor, places: Tensor, *, ignore_grid: bool) -> Tensor:
-    """σ at every edge of the tiles, shape (n,); each color channel has edges of its own."""
+    """sigma at every edge of the tiles, shape (n,); each color channel has edges of its own."""
     gradients = {scale: _gradient(tiles, scale) for scale in _SCALES}
     a, b, c, d = _SCALES
     edges = _peaks(*gradients[b])
@@ -121,7 +121,7 @@ def _gradient(tiles: Tensor, scale: float) -> tuple[Tensor, Tensor]:
 
 @lru_cache(maxsize=64)
 def _operators(length: int, scale: float) -> tuple[Tensor, Tensor]:
-    """A Gaussian and its derivative as matrices, shape (⌈length / n⌉, length); the border pixel goes on beyond it.
+    """A Gaussian and its derivative as matrices, shape (ceil(length / n), length); the border pixel goes on beyond it.
 
     Their rows give 1 for a constant and for a slope of 1. Row i is centred on the middle of pixels n·i to n·i + n - 1.
     """

@@ -28,7 +28,7 @@ _QUALITIES = range(5, 75, 5)
 _HIGHEST_SUM = 4
 # So many different values are needed: the blocks of a pattern with a period of 8 pixels are all alike.
 _LEAST_VALUES, _MOST_BLOCKS = 40, 2048
-# How near the values must be to multiples of the table's: the mean of cos(2π·value / step), 1 being on them, and the
+# How near the values must be to multiples of the table's: the mean of cos(2pi·value / step), 1 being on them, and the
 # median distance, of which rounding and clipped pixels make 0.3 to 2.
 _LEAST_SCORE, _MOST_DISTANCE = 0.75, 3.0
 

@@ -21,7 +21,7 @@ from .spectrum import fit_power_law
 _BLUR_OF_ENLARGING = 0.375
 # An image enlarged less than twice is hard to tell from a soft photograph, and hardly matters.
 _WORST_GOOD_RESOLUTION = 0.5
-# From here on artifacts of JPEG, and noise, are taken as good: at d' = 4 they matter at the first few noise levels.
+# JPEG of this quality or better, and noise up to this, are taken as good: they matter at the lowest noise levels only.
 GOOD_JPEG, GOOD_NOISE = 70, 6.0
 # JPEG of an image that is reduced more than this before training has lost its artifacts.
 _MOST_REDUCED = 4.0
@@ -36,7 +36,7 @@ class Measurement:
     Attributes:
         size: width and height of the file, in pixels.
         trained: width and height to which the image is resized before it is cropped and trained.
-        blur: σ at its sharpest edges in pixels of ``trained``; None where it is not known.
+        blur: sigma at its sharpest edges in pixels of ``trained``; None where it is not known.
         resolution: effective resolution, as a fraction of that of ``trained``; 1 where nothing is known against it.
         jpeg: quality, 1..100; None where it is no JPEG, or cannot be told.
         noise: standard deviation, on the scale 0..255.

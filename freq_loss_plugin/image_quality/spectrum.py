@@ -23,6 +23,8 @@ from ..analysis.spectra import RadialSpectrum, radial_power_spectrum
 # where a blur takes more than this many nepers of power out of the others.
 _FIRST, _MOST_LOSS = 3, 1.0
 _STEEPEST = 3.0
+# An image with a shorter side than this has no octave to fit.
+LEAST_SIDE = 16
 # A fit that is steeper than this is no such law, which for flat shapes comes out between 2.7 and 3.4; a fit over fewer
 # than two octaves is less certain.
 _STEEPEST_FITS = 3.5, 4.5
@@ -48,8 +50,8 @@ def fit_power_law(pixels: Tensor, blur: float = 0.0) -> SpectrumFit:
     """Fit a power law to the lowest octaves of an image's spectrum.
 
     Args:
-        pixels: shape (C, H, W), 0..1, sides of at least 16.
-        blur: σ in pixels of a Gaussian whose effect on these octaves is taken out of the fit.
+        pixels: shape (C, H, W), 0..1, sides of at least `LEAST_SIDE`.
+        blur: sigma in pixels of a Gaussian whose effect on these octaves is taken out of the fit.
     """
     pixels = pixels.mean(dim=0, keepdim=True)
     height, width = pixels.shape[1:]

@@ -143,7 +143,7 @@ def pick_references(found: Mapping[Path, Measurement], images: Mapping[Path, Siz
 def defect_energies(
     defects: Iterable[Defect], references: Sequence[Path], images: Mapping[Path, Size], encode: Encode
 ) -> dict[Defect, float]:
-    """‖Δz‖² of a patch by each defect, the median over reference images.
+    """|dz|^2 of a patch by each defect, the median over reference images.
 
     Args:
         defects: what is made on the references.
@@ -200,7 +200,7 @@ def _reference(file: Path, size: Size) -> Image.Image:
 
 
 def _check_reachable(least: Mapping[Path, int], end: int) -> None:
-    unreachable = [f"{image.name} (t ≥ {value})" for image, value in least.items() if value >= end]
+    unreachable = [f"{image.name} (t >= {value})" for image, value in least.items() if value >= end]
     if unreachable:
         raise ConfigError(
             f"{len(unreachable)} images may only train above every timestep of this run (max_timestep = {end}): "
@@ -209,13 +209,13 @@ def _check_reachable(least: Mapping[Path, int], end: int) -> None:
 
 
 def _summary(images: Mapping[Path, Size], defects: Mapping[Path, Defect], least: Mapping[Path, int]) -> str:
-    """``24 images: 6 full quality, 18 at 12% of the resolution, train at t ≥ 690``."""
+    """``24 images: 6 full quality, 18 at 12% of the resolution, train at t >= 690``."""
     groups = Counter((_quality(defects.get(image)), value) for image, value in least.items())
     parts = [f"{len(images) - len(least)} full quality"]
     shown = groups.most_common(_MOST_LISTED)
-    parts += [f"{count} {quality}, train at t ≥ {value}" for (quality, value), count in shown]
+    parts += [f"{count} {quality}, train at t >= {value}" for (quality, value), count in shown]
     rest = sum(groups.values()) - sum(count for _, count in shown)
-    parts += [f"{rest} others, train at t ≥ {min(least.values())} or more"] if rest else []
+    parts += [f"{rest} others, train at t >= {min(least.values())} or more"] if rest else []
     return f"{len(images)} images: {'; '.join(parts)}"
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from ..analysis.figures import timesteps_plot
 from ..image_quality.measurement import as_pixels
-from ..image_quality.spectrum import fit_power_law
+from ..image_quality.spectrum import LEAST_SIDE, fit_power_law
 from .findings import HEADINGS, Finding
 
 # So many of the worst images have a thumbnail, a spectrum, and a part at full size; a page stays below some 10 MB.
@@ -88,7 +88,7 @@ def _part(finding: Finding) -> str:
 
 def _spectrum(finding: Finding, image: Image.Image) -> str:
     """A small plot of the power spectrum, and of the power law that it should follow."""
-    if finding.measured is None or min(image.size) < 16:
+    if finding.measured is None or min(finding.measured.trained) < LEAST_SIDE:
         return ""
     image = image.resize(finding.measured.trained, Image.Resampling.LANCZOS)
     fit = fit_power_law(as_pixels(image), finding.measured.blur or 0.0)

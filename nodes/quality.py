@@ -1,0 +1,80 @@
+"""Inspect image quality: what training with ``freq_loss_image_quality`` would find in images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+from PIL import Image
+from torch import Tensor
+
+from ..freq_loss_plugin.analysis.figures import law_plot, new_figure
+from ..freq_loss_plugin.image_quality.measurement import Measurement, as_pixels, measure_image
+from ..freq_loss_plugin.image_quality.spectrum import LEAST_SIDE, fit_power_law
+from .inputs import CancelableProgress, image_tensor, node_output
+from .schema import schema
+
+
+class ImageQuality(io.ComfyNode):
+    """Effective resolution, JPEG quality and noise of images."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """See `freq_loss_plugin.image_quality.measurement`."""
+        return schema(
+            node_id="FreqLoss_ImageQuality",
+            display_name="Inspect Image Quality",
+            description="Finds what is missing or wrong in images: their effective resolution (of enlarged or blurred "
+            "ones), JPEG quality and noise, as training with freq_loss_image_quality does.",
+            search_aliases=["blur", "sharpness", "jpeg", "noise", "upscaled", "resolution", "dataset"],
+            inputs=[io.Image.Input("images", tooltip="Images at the size at which they are trained.")],
+            outputs=[
+                io.String.Output("report", display_name="report", tooltip="One line for each image, and a summary."),
+                io.Float.Output("resolution", display_name="effective resolution",
+                                tooltip="The lowest of the batch: the fraction of the pixels along each side that the "
+                                "image's detail needs. 0.25 after enlarging fourfold; 1 where nothing is missing."),
+                io.Image.Output("spectrum", display_name="spectrum",
+                                tooltip="For each image its radial power spectrum, and the power law that it should "
+                                "follow."),
+            ],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, images: Any) -> io.NodeOutput:
+        """Measure one image after the other."""
+        new_figure(1, 1)  # fails now where matplotlib is missing, and not after the work
+        tensor = image_tensor(images, "images")
+        progress = CancelableProgress(len(tensor))
+        measured, plots = [], []
+        for number, item in enumerate(tensor, 1):
+            image = _as_image(item)
+            measured.append(measure_image(image))
+            plots.append(_plot(image, measured[-1], _line(number, measured[-1])))
+            progress.step()
+        good = sum(not one.defect for one in measured)
+        lines = [_line(number, one) for number, one in enumerate(measured, 1)]
+        report = "\n".join([*lines, f"{good} of {len(measured)} of full quality"])
+        spectra = torch.stack(plots)
+        lowest = min(one.resolution for one in measured)
+        return node_output(cls, report, lowest, spectra, images=spectra, text=report)
+
+
+def _as_image(item: Tensor) -> Image.Image:
+    """An image (3, H, W), 0..1, with eight bits per channel."""
+    pixels = (item.float().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
+def _line(number: int, one: Measurement) -> str:
+    parts = [str(one.defect), *one.notes] if one.defect else [*one.notes] or ["full quality"]
+    return f"{number}: {one.size[0]} × {one.size[1]}, {', '.join(parts)}"
+
+
+def _plot(image: Image.Image, one: Measurement, title: str) -> Tensor:
+    if min(image.size) < LEAST_SIDE:
+        return law_plot(None, None, title)
+    fit = fit_power_law(as_pixels(image), one.blur or 0.0)
+    return law_plot(fit.spectrum, fit.expected, title)
