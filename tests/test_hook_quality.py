@@ -7,14 +7,16 @@ from pathlib import Path
 import oracle
 import pytest
 import torch
+from bad_images import enlarged, scene
 from hooked import NAMES, expected_bands
 from scipy import stats
 
-from freq_loss_plugin import FreqLossConfig
+from freq_loss_plugin import ConfigError, FreqLossConfig
+from freq_loss_plugin.image_quality.detectability import patch_energy
 from freq_loss_plugin.image_quality.survey import Survey
 from kohya_patch.hook import LossHook
 from kohya_patch.image_names import IMAGES
-from kohya_patch.image_quality import ImageQuality
+from kohya_patch.image_quality import ImageQuality, _Encoder
 from kohya_patch.trainers import TrainingRun
 
 # The host's own warnings are none of this project's business.
@@ -191,3 +193,57 @@ def test_the_stand_ins_have_the_schedule_that_least_timesteps_assume(stand_ins):
         expected = stand_ins.make(name).scheduler.alphas_cumprod
         torch.testing.assert_close(stable_diffusion_alphas().float(), expected, rtol=1e-5, atol=0)
     assert stable_diffusion_alphas().numpy() == pytest.approx(oracle.stable_diffusion_alphas_cumprod(), rel=1e-6)
+
+
+def narrow_vae(name):
+    """A VAE of the kind that each trainer gives to a network module, with random weights."""
+    if name in ("sd15", "sdxl"):
+        from diffusers import AutoencoderKL
+
+        blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+        return AutoencoderKL(block_out_channels=(32,) * 4, **blocks)
+    if name == "sd3":
+        from library.sd3_models import SDVAE
+
+        return SDVAE()
+    if name in ("flux", "lumina"):
+        from library.flux_models import AutoEncoder, AutoEncoderParams
+
+        return AutoEncoder(AutoEncoderParams(64, 3, 32, 3, [1, 1, 1, 1], 1, 16, 0.3611, 0.1159))
+    from library.qwen_image_autoencoder_kl import AutoencoderKLQwenImage
+
+    return AutoencoderKLQwenImage(base_dim=16, num_res_blocks=1)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "hunyuan_image"])  # its VAE has one, large size
+def test_images_are_encoded_as_the_trainer_does(stand_ins, name):
+    stand_in = stand_ins.make(name)
+    torch.manual_seed(1)
+    vae = narrow_vae(name).eval()
+    if name in ("sd15", "sdxl"):
+        stand_in.trainer.vae_scale_factor = 0.5
+    encoder = _Encoder(TrainingRun(stand_in.trainer, stand_in.args), vae)
+    state = torch.get_rng_state()
+    with encoder.on_device():
+        latents = [encoder.encode(image) for image in (scene(1), scene(1), enlarged(scene(1), 8))]
+    assert latents[0].shape[-2:] == (16, 16)
+    assert torch.equal(latents[0], latents[1])
+    assert 0 < patch_energy(latents[2] - latents[0], (128, 128)) < float("inf")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_network_module_without_a_vae_is_told(stand_ins):
+    stand_in = stand_ins.make("sd15")
+    encoder = _Encoder(TrainingRun(stand_in.trainer, stand_in.args), None)
+    with encoder.on_device(), pytest.raises(ConfigError, match=r"needs the VAE to compare images, and .* NoneType"):
+        encoder.encode(scene(1))
+
+
+def test_a_vae_that_returns_nan_is_told(stand_ins):
+    stand_in = stand_ins.make("sd15")
+    vae = narrow_vae("sd15")
+    torch.nn.init.constant_(vae.encoder.conv_in.weight, float("nan"))
+    stand_in.trainer.vae_scale_factor = 0.5
+    encoder = _Encoder(TrainingRun(stand_in.trainer, stand_in.args), vae)
+    with pytest.raises(ConfigError, match="no_half_vae"):
+        encoder.encode(scene(1))
