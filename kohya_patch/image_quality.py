@@ -34,15 +34,14 @@ _REMEDY = "set freq_loss_image_quality = 'off' and remove [freq_loss.image_quali
 
 
 def check(config: FreqLossConfig, args: argparse.Namespace) -> None:
-    """Check that the images can be found, and that the folders of the rules are theirs.
-
-    Looks at names alone, so that it can run before anything is loaded.
+    """Check that the folders of the rules are those of images; by names alone, so before anything is loaded.
 
     Raises:
         ConfigError: a rule is for a folder in which there is no image.
     """
-    if not getattr(args, "dataset_class", None):  # whose images are known to its own code alone
-        rules_by_image(config.image_rules or {}, find_images(**{name: getattr(args, name, None) for name in SOURCES}))
+    # The images of a data set class of the user's own are known to its code alone.
+    if config.image_rules and not getattr(args, "dataset_class", None):
+        rules_by_image(config.image_rules, find_images(**{name: getattr(args, name, None) for name in SOURCES}))
 
 
 class ImageQuality:

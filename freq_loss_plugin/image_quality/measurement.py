@@ -25,6 +25,8 @@ _WORST_GOOD_RESOLUTION = 0.5
 GOOD_JPEG, GOOD_NOISE = 70, 6.0
 # JPEG of an image that is reduced more than this before training has lost its artifacts.
 _MOST_REDUCED = 4.0
+# Blocks of JPEG are looked for in a part of this size.
+_MIDDLE = 1024
 # Sides below this tell nothing.
 _LEAST_SIDE = 64
 
@@ -101,11 +103,9 @@ def measure_image(image: Image.Image, trained: tuple[int, int] | None = None, jp
     if min(size) < _LEAST_SIDE:
         note = f"{size[0]}×{size[1]} pixels are too few to measure"
         return replace(empty, resolution=bound, notes=(note if bound < 1 else f"{note}, taken as good",))
-    pixels = as_pixels(image)
     if jpeg is None:
-        jpeg = quality_of_pixels(pixels)
-    if trained != size:
-        pixels = as_pixels(image.resize(trained, Image.Resampling.LANCZOS))
+        jpeg = quality_of_pixels(as_pixels(_middle(image)))
+    pixels = as_pixels(image if trained == size else image.resize(trained, Image.Resampling.LANCZOS))
     blur, resolution, notes = _sharpness(pixels, is_jpeg=jpeg is not None and jpeg < GOOD_JPEG)
     noise = estimate_noise(pixels)
     return Measurement(size, trained, blur, min(resolution, bound), jpeg, noise, notes)
@@ -114,6 +114,12 @@ def measure_image(image: Image.Image, trained: tuple[int, int] | None = None, jp
 def as_pixels(image: Image.Image) -> Tensor:
     """An RGB image as a tensor of shape (3, H, W), 0..1."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+
+
+def _middle(image: Image.Image) -> Image.Image:
+    """The middle of a large image, cut along the borders of its 8×8 blocks."""
+    left, top = (max(0, (side - _MIDDLE) // 2) // 8 * 8 for side in image.size)
+    return image.crop((left, top, min(left + _MIDDLE, image.width), min(top + _MIDDLE, image.height)))
 
 
 def _sharpness(pixels: Tensor, *, is_jpeg: bool) -> tuple[float | None, float, tuple[str, ...]]:
