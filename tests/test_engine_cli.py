@@ -46,7 +46,7 @@ def test_the_demo_trains_compares_and_plots(tmp_path):
     [
         (["--config", "none.toml"], "--config none.toml: there is no such file"),
         (["--network_dim", "big"], "network_dim = 'big': expected a whole number"),
-        (["--dist_match", "0"], "compares plain MSE with the loss"),
+        (["--dist_match", "0"], "compares plain MSE with them"),
         (["--resume"], "no saved state in output"),
         (["--style", "weave", "--config", "none.toml"], "--style belongs to the demo"),
         (["--train_data_dir", "photos"], "the demo has a model and images of its own"),
