@@ -144,5 +144,5 @@ def _sizes(run: TrainingRun) -> dict[Path, Size]:
 
 def _measure_together(images: Mapping[Path, Size]) -> dict[Path, Measured]:
     """Each process measures its share of the images; the result is that of all."""
-    shares = gather(measure_all({image: images[image] for image in process_share(list(images))}))
+    shares = gather(measure_all({image: images[image] for image in process_share(sorted(images))}))
     return {image: found for share in shares for image, found in share.items()}

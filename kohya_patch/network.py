@@ -176,7 +176,7 @@ def _check_against_trainer(config: FreqLossConfig, args: argparse.Namespace, fam
         raise ConfigError(
             "DeepSpeed is on (deepspeed = true, or accelerate's own configuration): it restricts how backward() may be "
             "called, and the frequency loss is untested with it; train without it (several processes work), or set "
-            "dist_match = 0"
+            "dist_match = 0 and leave freq_loss_balance and freq_loss_image_quality off"
         )
     zero_terminal_snr = bool(getattr(args, "zero_terminal_snr", False))
     config.check_model(family.prediction_type(args), zero_terminal_snr=zero_terminal_snr)
