@@ -141,7 +141,11 @@ def pick_references(found: Mapping[Path, Measurement], images: Mapping[Path, Siz
 
 
 def defect_energies(
-    defects: Iterable[Defect], references: Sequence[Path], images: Mapping[Path, Size], encode: Encode
+    defects: Iterable[Defect],
+    references: Sequence[Path],
+    images: Mapping[Path, Size],
+    encode: Encode,
+    most_side: int = _MOST_REFERENCE_SIDE,
 ) -> dict[Defect, float]:
     """|dz|^2 of a patch by each defect, the median over reference images.
 
@@ -150,6 +154,7 @@ def defect_energies(
         references: good images.
         images: their sizes in training.
         encode: see `Encode`.
+        most_side: only the middle of larger references is encoded.
     """
     defects = sorted(defects, key=str)
     if not defects:
@@ -157,7 +162,7 @@ def defect_energies(
     found: dict[Defect, list[float]] = {defect: [] for defect in defects}
     with tqdm(total=len(references) * len(defects), desc="comparing image qualities", leave=False) as bar:
         for file in references:
-            image = _reference(file, images[file])
+            image = _reference(file, images[file], most_side)
             clean = encode(image)
             for defect in defects:
                 found[defect].append(patch_energy(encode(defect.apply(image)) - clean, image.size))
@@ -188,13 +193,13 @@ def _no_reference(images: Mapping[Path, Size], defects: Mapping[Path, Defect]) -
     )
 
 
-def _reference(file: Path, size: Size) -> Image.Image:
+def _reference(file: Path, size: Size, most_side: int) -> Image.Image:
     """The middle of a reference image as it is trained, its sides multiples of `GRANULARITY`."""
     with Image.open(file) as opened:
         image = opened.convert("RGB")
     if image.size != size:
         image = image.resize(size, Image.Resampling.LANCZOS)
-    width, height = (min(side // GRANULARITY * GRANULARITY, _MOST_REFERENCE_SIDE) for side in size)
+    width, height = (min(side // GRANULARITY * GRANULARITY, most_side) for side in size)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
 

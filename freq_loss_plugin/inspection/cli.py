@@ -32,6 +32,7 @@ the least timestep at which each should train. Writes nothing, unless --json, --
 """
 # Where no resolution is given, images are measured at their own size, but no larger than this.
 _LARGEST = 1024
+_REFERENCE_SIDE = 256  # for a stand-in it need not be more, and a VAE is slow on a CPU
 _STAND_IN = (
     "Least timesteps are those by the VAE of the toy model, a stand-in; a run finds them with its own VAE (see "
     "docs/image-quality.md)."
@@ -113,7 +114,7 @@ def _least_timesteps(found: Mapping[Path, Measurement]) -> tuple[dict[Path, tupl
     references = pick_references(found, sizes)
     if not references:
         return None, ""
-    energies = defect_energies(set(defects.values()), references, sizes, _toy_encoder())
+    energies = defect_energies(set(defects.values()), references, sizes, _toy_encoder(), _REFERENCE_SIDE)
     schedules = signal_to_noise("epsilon", stable_diffusion_alphas()), signal_to_noise("flow")
     threshold = FreqLossConfig.image_quality_threshold
     least = {
