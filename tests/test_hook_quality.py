@@ -228,7 +228,7 @@ def test_images_are_encoded_as_the_trainer_does(stand_ins, name):
         latents = [encoder.encode(image) for image in (scene(1), scene(1), enlarged(scene(1), 8))]
     assert latents[0].shape[-2:] == (16, 16)
     assert torch.equal(latents[0], latents[1])
-    assert 0 < patch_energy(latents[2] - latents[0], (128, 128)) < float("inf")
+    assert 0 < patch_energy(latents[2] - latents[0], 128**2, 128**2) < float("inf")
     assert torch.equal(torch.get_rng_state(), state)
 
 

@@ -159,7 +159,7 @@ TABLE = {
 @pytest.mark.parametrize(("defect", "expected"), TABLE.items(), ids=map(str, TABLE))
 def test_least_timesteps_of_known_defects(encode, defect, expected):
     energies = [
-        patch_energy(encode(defect.apply(image)) - encode(image), image.size) for image in map(scene, range(40, 52))
+        patch_energy(encode(defect.apply(image)) - encode(image), 128**2, 128**2) for image in map(scene, range(40, 52))
     ]
     assert least_timestep(float(np.median(energies)), SNR, 16) == pytest.approx(expected, abs=60)
 
@@ -182,8 +182,10 @@ def test_the_noise_levels_of_flow_matching():
 
 def test_the_energy_of_a_patch_does_not_depend_on_the_size():
     difference = torch.ones(4, 16, 16)
-    assert patch_energy(difference, (128, 128)) == pytest.approx(4 * 256)
-    assert patch_energy(difference.repeat(1, 4, 2), (256, 512)) == pytest.approx(4 * 256)
+    assert patch_energy(difference, 128**2, 128**2) == pytest.approx(4 * 256)
+    assert patch_energy(difference.repeat(1, 4, 2), 256 * 512, 1024**2) == pytest.approx(4 * 256)
+    assert patch_energy(difference, 64**2, 64**2) == pytest.approx(difference.square().sum())
+    assert patch_energy(difference, 64**2, 96**2) == pytest.approx(2.25 * difference.square().sum())
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ latents tells both apart with the detectability
 .. math:: d'^2(t) = SNR(t) \cdot \|\Delta z\|^2, \qquad SNR = \frac{\bar\alpha_t}{1 - \bar\alpha_t}
           \quad\text{or, for flow matching,}\quad \left(\frac{1 - \sigma}{\sigma}\right)^2
 
-A network sees patches, not the whole image at once, so |dz|^2 is that of a patch of 128×128 pixels.
+A network sees patches, not a large image at once, so |dz|^2 is that of a patch of 128×128 pixels.
 
 Source: the principle, G. Daras et al. (2025), Ambient Diffusion Omni, arXiv 2506.10038; d' is that of signal detection.
 """
@@ -23,14 +23,15 @@ PATCH_PIXELS = 128
 HIGHEST = 900
 
 
-def patch_energy(difference: Tensor, pixels: tuple[int, int]) -> float:
-    """|dz|^2 of a patch of `PATCH_PIXELS`², on average over the image.
+def patch_energy(difference: Tensor, pixels: int, image_pixels: int) -> float:
+    """|dz|^2 of a patch of `PATCH_PIXELS`², or of the whole image if that is smaller; on average over the difference.
 
     Args:
         difference: dz, any shape.
-        pixels: width and height of the image.
+        pixels: how many pixels of the image it covers.
+        image_pixels: how many the image has.
     """
-    return float(difference.double().square().sum()) * PATCH_PIXELS**2 / (pixels[0] * pixels[1])
+    return float(difference.double().square().sum()) * min(PATCH_PIXELS**2, image_pixels) / pixels
 
 
 def signal_to_noise(prediction_type: PredictionType, alphas_cumprod: Tensor | None = None) -> Tensor:

@@ -6,6 +6,7 @@ their latents (`freq_loss_plugin.image_quality.detectability`).
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -165,7 +166,8 @@ def defect_energies(
             image = _reference(file, images[file], most_side)
             clean = encode(image)
             for defect in defects:
-                found[defect].append(patch_energy(encode(defect.apply(image)) - clean, image.size))
+                difference = encode(defect.apply(image)) - clean
+                found[defect].append(patch_energy(difference, image.width * image.height, math.prod(images[file])))
                 bar.update()
     return {defect: float(np.median(values)) for defect, values in found.items()}
 
