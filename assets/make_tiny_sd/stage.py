@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
+from torch.distributed.checkpoint.stateful import Stateful
 
 from freq_loss_plugin.atomic_files import write_whole
 
@@ -61,10 +62,19 @@ class Stage:
         steps: the learning rate rises for `WARMUP` steps and falls linearly to 0 at this one.
         rate: the peak learning rate.
         decay: of the exponential moving average of the weights.
+        others: what else has a state that is kept.
     """
 
-    def __init__(self, file: Path, modules: dict[str, nn.Module], steps: int, rate: float, decay: float) -> None:
-        self.file, self.modules, self.steps, self.step = file, modules, steps, 0
+    def __init__(
+        self,
+        file: Path,
+        modules: dict[str, nn.Module],
+        steps: int,
+        rate: float,
+        decay: float,
+        others: Sequence[Stateful] = (),
+    ) -> None:
+        self.file, self.modules, self.steps, self.step, self._others = file, modules, steps, 0, others
         embeddings = {
             id(part.weight)
             for module in modules.values()
@@ -122,6 +132,7 @@ class Stage:
             "average": self.average.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
             "schedules": [schedule.state_dict() for schedule in self._schedules],
+            "others": [other.state_dict() for other in self._others],
         }
 
     def _load(self) -> None:
@@ -130,7 +141,8 @@ class Stage:
         self.average.load_state_dict(state["average"])
         for name, module in self.modules.items():
             module.load_state_dict(state["modules"][name])
-        for parts, kept in ((self._optimizers, "optimizers"), (self._schedules, "schedules")):
+        parts_by_name = {"optimizers": self._optimizers, "schedules": self._schedules, "others": self._others}
+        for kept, parts in parts_by_name.items():
             for part, saved in zip(parts, state[kept], strict=True):
                 part.load_state_dict(saved)
         print(f"continuing at step {self.step} of {self.file}", flush=True)

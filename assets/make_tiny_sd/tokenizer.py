@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +17,15 @@ from freq_loss_plugin.toy_model.scenes import STYLES, random_scene
 MAX_LENGTH = 77
 
 
-def load_or_make_tokenizer(folder: Path) -> CLIPTokenizer:
-    """The tokenizer in ``folder``; trained first where there is none.
+def load_or_make_tokenizer(folder: Path, captions: Sequence[str] = (), max_length: int = MAX_LENGTH) -> CLIPTokenizer:
+    """The tokenizer in ``folder``; trained first where there is none, on ``captions`` or those of scenes.
 
     Two runs of the trainer number the tokens differently, so all stages and resumed runs have to use the same files.
     """
     if not (folder / "merges.txt").is_file():
-        _train(folder)
+        _train(folder, captions or _captions())
     return CLIPTokenizer(
-        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=MAX_LENGTH, pad_token="<|endoftext|>"
+        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=max_length, pad_token="<|endoftext|>"
     )
 
 
@@ -34,10 +35,13 @@ def token_ids(tokenizer: CLIPTokenizer, captions: list[str], device: torch.devic
     return padded.input_ids.to(device)
 
 
-def _train(folder: Path) -> None:
-    """Merge until every word of the captions is one token; other words are spelled out."""
+def _captions() -> list[str]:
     generator = np.random.default_rng(0)
-    captions = [random_scene(generator).caption() for _ in range(2000)] + [f"{style} style" for style in STYLES]
+    return [random_scene(generator).caption() for _ in range(2000)] + [f"{style} style" for style in STYLES]
+
+
+def _train(folder: Path, captions: Sequence[str]) -> None:
+    """Merge until every word of the captions is one token; other words are spelled out."""
     characters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -13,7 +13,11 @@ from more_itertools import chunked
 from torch import Tensor
 from transformers import CLIPTextModel
 
-from .architecture import NOISE_SCHEDULE, SCALING_FACTOR, load_vae, make_unet, save_pipeline, text_config
+from freq_loss_plugin import FreqLossConfig
+from freq_loss_plugin.training.loss_balance import LossBalance
+from freq_loss_plugin.training.passes import Pass
+
+from .architecture import NOISE_SCHEDULE, SCALING_FACTOR, load_pipeline, load_vae, make_unet, save_pipeline, text_config
 from .images import TRAINING, draw_all, random_scenes
 from .stage import Stage
 from .tokenizer import load_or_make_tokenizer, token_ids
@@ -26,11 +30,18 @@ UNCONDITIONAL = 0.1
 def train_unet(options: argparse.Namespace, device: torch.device) -> None:
     """Train both and write the whole pipeline to ``options.output``."""
     vae = load_vae(options.output, device)
-    tokenizer = load_or_make_tokenizer(options.work / "tokenizer")
     torch.manual_seed(1)
-    unet, text_encoder = make_unet().to(device), CLIPTextModel(text_config(tokenizer)).to(device)
+    if options.start:
+        earlier = load_pipeline(options.start, device)
+        tokenizer, text_encoder, unet = earlier.tokenizer, earlier.text_encoder, earlier.unet
+    else:
+        tokenizer = load_or_make_tokenizer(options.work / "tokenizer")
+        unet, text_encoder = make_unet(), CLIPTextModel(text_config(tokenizer))
+    unet, text_encoder = unet.to(device), text_encoder.to(device)
+    # The running mean of the loss at a noise level divides it: all levels count alike, the highest ones included.
+    balance = LossBalance(FreqLossConfig(balance="timestep", balance_power=1.0))
     modules = {"unet": unet, "text_encoder": text_encoder}
-    stage = Stage(options.work / "unet.pt", modules, options.steps, rate=6e-3, decay=0.998)
+    stage = Stage(options.work / "unet.pt", modules, options.steps, rate=6e-3, decay=0.998, others=[balance])
     latents, captions = encoded_images(vae, options.images, options.work, device)
     scheduler = DDPMScheduler(**NOISE_SCHEDULE)
 
@@ -44,11 +55,8 @@ def train_unet(options: argparse.Namespace, device: torch.device) -> None:
         words = [captions[i] if generator.random() > UNCONDITIONAL else "" for i in chosen]
         states = text_encoder(token_ids(tokenizer, words, device))[0]
         predicted = unet(scheduler.add_noise(clean, noise, timesteps), timesteps, states).sample
-        error = (predicted - noise).square().mean(dim=(1, 2, 3))
-        # 0.3/SNR where that is above 1: there a small error of the noise is a large error of the image.
-        signal = scheduler.alphas_cumprod.to(device)[timesteps]
-        weight = (0.3 * (1 - signal) / signal).clamp(min=1)
-        return {"mse": (weight * error).mean()}
+        weights = balance.balance(Pass(predicted, noise, timesteps, scheduler.alphas_cumprod)).weights
+        return {"balanced mse": (weights * (predicted - noise).square().mean(dim=(1, 2, 3))).mean()}
 
     stage.run(loss_of_step)
     save_pipeline(options.output, vae, unet, text_encoder, tokenizer)

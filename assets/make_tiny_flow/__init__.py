@@ -1,0 +1,1 @@
+"""How the flow-matching toy model is made; see assets/train_tiny_flow.py."""
