@@ -1,0 +1,91 @@
+"""Runs a study; trials whose results are there already are not repeated.
+
+    pip install -e ".[study]" ; npm fetches the emoji
+    python -m benchmarks.what_helps rates          learning rates, on seeds of their own
+    python -m benchmarks.what_helps balance        balanced losses
+    python -m benchmarks.what_helps imperfect      images with defects
+    python -m benchmarks.what_helps report         tables and plots from the results
+
+Results go to benchmarks/what_helps/results, one line for each trial as soon as it ends. What is compared, and how it is
+judged, was fixed before: plan.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import sys
+import warnings
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from . import report, trial
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=("rates", "balance", "imperfect", "report"))
+    parser.add_argument("--seeds", type=int, default=10, help="how many")
+    parser.add_argument("--first_seed", type=int, default=1000)
+    parser.add_argument("--styles", nargs="+", choices=(*trial.TOY, *trial.EMOJI), help="some of them")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, default=Path("output/what_helps"), help="where samples are kept")
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    if options.study != "report":
+        _run_all(options)
+    report.write(options.results, options.output)
+
+
+def _run_all(options: argparse.Namespace) -> None:
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    if options.study == "rates":
+        trials = trial.rate_trials()
+    else:
+        rates = report.best_rates(report.read(options.results / "rates.csv"))
+        made = {"balance": trial.balance_trials, "imperfect": trial.imperfect_trials}[options.study]
+        trials = made(seeds, rates)
+    file = options.results / f"{options.study}.csv"
+    done = {tuple(row[name] for name in report.KEY) for row in report.read(file)}
+    trials = [each for each in trials if each.key not in done and each.style in (options.styles or each.style)]
+    options.results.mkdir(parents=True, exist_ok=True)
+    options.output.mkdir(parents=True, exist_ok=True)
+    for style in {each.style for each in trials}:
+        trial.reference_of(style, options.output, options.device)
+    # Trials side by side, with one thread each, use a machine better than threads do.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
+        waiting = [pool.submit(_work, each, options.output, options.device) for each in trials]
+        for ended in tqdm(as_completed(waiting), total=len(waiting), file=sys.stdout):
+            _append(ended.result(), file)
+
+
+def _work(each: trial.Trial, folder: Path, device: str) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    return trial.run(each, folder, device)
+
+
+def _append(row: dict[str, Any], file: Path) -> None:
+    """Add a line; a measure that a world does not have stays empty."""
+    rows = [*report.read(file), row]
+    columns = list(dict.fromkeys(name for each in rows for name in each))
+    part = file.with_suffix(".part")
+    with part.open("w", newline="", encoding="utf-8") as target:
+        writer = csv.DictWriter(target, columns, lineterminator="\n", restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    part.replace(file)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""One trial: a LoRA trained in one arm, with one seed, on one style; and what is measured of it."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import measures
+from .arms import BALANCE, DDPM_ONLY, IMPERFECT, SHAM, WITHOUT_DEFECT, Arm
+from .emoji import EmojiWorld
+from .images import DEFECTS, MIXTURE, write
+from .toy import ToyWorld
+from .training import ArmTraining
+from .world import World
+
+TOY, EMOJI = ("frames", "weave"), ("twitter", "line art")
+STEPS = 120
+RATES = (1e-3, 2e-3, 4e-3)
+# Learning rates are chosen on seeds of their own, one for each style of a model.
+RATE_SEEDS, SHAM_SEEDS = (900, 901), 2
+_NO_DEFECT = "none"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What is trained.
+
+    Attributes:
+        study: ``rates``, ``balance`` or ``imperfect``.
+        arm: the name of an arm of the study.
+        style: the name of the world.
+        defect: of the training images that are not sharp.
+        seed: of the training images, the LoRA, the batches, the noise and the timesteps.
+        rate: the peak learning rate.
+    """
+
+    study: str
+    arm: str
+    style: str
+    defect: str
+    seed: int
+    rate: float
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """As in the results file."""
+        return self.arm, self.style, self.defect, str(self.seed), f"{self.rate:g}"
+
+
+def rate_trials() -> list[Trial]:
+    """Every arm of the balance study at every learning rate."""
+    return [
+        Trial("rates", arm.name, style, _NO_DEFECT, seed, rate)
+        for styles in (TOY, EMOJI)
+        for seed, style in zip(RATE_SEEDS, styles, strict=True)
+        for arm in BALANCE
+        for rate in RATES
+        if arm.name != SHAM and _fits(arm, style)
+    ]
+
+
+def balance_trials(seeds: range, rates: dict[tuple[bool, str], float]) -> list[Trial]:
+    """Seed by seed, so that an interrupted study has whole pairs."""
+    return [
+        Trial("balance", arm.name, style, _NO_DEFECT, seed, rates[style in EMOJI, rate_arm(arm)])
+        for seed in seeds
+        for style in (*TOY, *EMOJI)
+        for arm in BALANCE
+        if _fits(arm, style) and (arm.name != SHAM or seed < seeds.start + SHAM_SEEDS)
+    ]
+
+
+def imperfect_trials(seeds: range, rates: dict[tuple[bool, str], float]) -> list[Trial]:
+    """On the styles frames and twitter; single defects with half of the arms, and on frames alone."""
+    single = {arm.name for arm in IMPERFECT} - {*WITHOUT_DEFECT, "min_timestep = 600 for all"}
+    return [
+        Trial("imperfect", arm.name, style, defect, seed, rates[style in EMOJI, arm.like])
+        for seed in seeds
+        for style, defects in ((TOY[0], (MIXTURE, *DEFECTS)), (EMOJI[0], (MIXTURE,)))
+        for defect in defects
+        for arm in IMPERFECT
+        if defect == MIXTURE or arm.name in single
+    ]
+
+
+def rate_arm(arm: Arm) -> str:
+    """The arm whose learning rate an arm of the balance study takes."""
+    return arm.like if arm.name == SHAM else arm.name
+
+
+def run(trial: Trial, folder: Path, device: str) -> dict[str, Any]:
+    """Train and measure; returns a row of the results file. The samples are kept in ``folder``."""
+    torch.manual_seed(0)
+    start = time.perf_counter()
+    world = world_of(trial.style)
+    reference = reference_of(trial.style, folder, device)
+    arm = next(each for each in (IMPERFECT if trial.study == "imperfect" else BALANCE) if each.name == trial.arm)
+    trainee = world.new(trial.seed, torch.device(device))
+    with tempfile.TemporaryDirectory() as images:
+        chosen = arm.images if trial.study == "imperfect" else "varied"
+        captions = write(world, chosen, trial.defect, trial.seed, Path(images))
+        training = ArmTraining(world, trainee, arm, captions, seed=trial.seed, steps=STEPS, rate=trial.rate)
+        training.run()
+    if trial.study == "rates":
+        measured = measures.validate(trainee, reference)
+    else:
+        measured, samples = measures.measure(world, trainee, reference)
+        name = "-".join(trial.key).replace(" ", "_")
+        np.save(folder / f"{trial.study}-{name}.npy", (samples.numpy() * 255).round().astype(np.uint8))
+    row = dict(zip(("arm", "images", "defect", "seed", "rate"), trial.key, strict=True))
+    row["least timesteps"] = " ".join(f"{least:.0f}" for least in sorted(training.least.tolist()) if least)
+    row["seconds"] = f"{time.perf_counter() - start:.0f}"
+    return row | {name: f"{value:.5g}" for name, value in measured.items()}
+
+
+def world_of(style: str) -> World:
+    """The world of a style."""
+    return EmojiWorld(style) if style in EMOJI else ToyWorld(style)
+
+
+def _fits(arm: Arm, style: str) -> bool:
+    return style in TOY or arm.name not in DDPM_ONLY
+
+
+@lru_cache(maxsize=4)
+def reference_of(style: str, folder: Path, device: str) -> measures.Reference:
+    """What the samples of a style are compared with; made once, and kept in ``folder``."""
+    file = folder / f"reference-{style}.pt"
+    if not file.is_file():
+        torch.save(tuple(measures.make_reference(world_of(style), torch.device(device))), file)
+    return measures.Reference(*torch.load(file, weights_only=False))
