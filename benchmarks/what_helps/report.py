@@ -162,12 +162,13 @@ def _difference(values: list[tuple[float, float]], *, is_ratio: bool) -> Differe
     differing = np.log(ours / others) if is_ratio else ours - others
     mean = float(differing.mean())
     if np.allclose(differing, mean, rtol=1e-9, atol=1e-12):  # Student's test is undefined without any spread
-        return Difference(mean, 0.0, 1.0 if mean == 0 else 0.0, len(values))
-    test = stats.ttest_1samp(differing, 0.0)
-    half_width = float(np.ptp(test.confidence_interval(0.95))) / 2
+        half_width, p = 0.0, 1.0 if mean == 0 else 0.0
+    else:
+        test = stats.ttest_1samp(differing, 0.0)
+        half_width, p = float(np.ptp(test.confidence_interval(0.95))) / 2, float(test.pvalue)
     if is_ratio:
         mean, half_width = math.expm1(mean), half_width * math.exp(mean)
-    return Difference(mean, half_width, float(test.pvalue), len(values))
+    return Difference(mean, half_width, p, len(values))
 
 
 def _is_second(row: Row) -> bool:
