@@ -251,6 +251,8 @@ def test_the_trials_are_those_of_the_plan():
     mixed = {each.style for each in imperfect if each.defect == images.MIXTURE}
     assert mixed == {"frames", "twitter"}
     assert len({each.key for each in imperfect}) == len(imperfect) == (2 * 6 + 5 * 3) * 10
+    real_fake = trial.real_fake_trials(range(1000, 1010), best)
+    assert len({each.key for each in real_fake}) == len(real_fake) == 10 * 2 * 5
     for words in ("900", "901", "1000 to 1009", "1e-3, 2e-3 and 4e-3", "120 steps", "rank 16", "min_timestep` = 600"):
         assert words in plan
 

@@ -4,6 +4,7 @@
     python -m benchmarks.what_helps rates          learning rates, on seeds of their own
     python -m benchmarks.what_helps balance        balanced losses
     python -m benchmarks.what_helps imperfect      images with defects
+    python -m benchmarks.what_helps real_fake      classifiers trained on samples
     python -m benchmarks.what_helps report         tables and plots from the results
 
 Results go to benchmarks/what_helps/results, one line for each trial as soon as it ends. What is compared, and how it is
@@ -26,13 +27,14 @@ import torch
 from tqdm import tqdm
 
 from . import report, trial
+from .arms import ARMS
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=("rates", "balance", "imperfect", "report"))
+    parser.add_argument("study", choices=(*ARMS, "report"))
     parser.add_argument("--seeds", type=int, default=10, help="how many")
     parser.add_argument("--first_seed", type=int, default=1000)
     parser.add_argument("--styles", nargs="+", choices=(*trial.TOY, *trial.EMOJI), help="some of them")
@@ -52,15 +54,15 @@ def _run_all(options: argparse.Namespace) -> None:
         trials = trial.rate_trials()
     else:
         rates = report.best_rates(report.read(options.results / "rates.csv"))
-        made = {"balance": trial.balance_trials, "imperfect": trial.imperfect_trials}[options.study]
-        trials = made(seeds, rates)
+        trials = trial.STUDIES[options.study](seeds, rates)
     file = options.results / f"{options.study}.csv"
     done = {tuple(row[name] for name in report.KEY) for row in report.read(file)}
     trials = [each for each in trials if each.key not in done and each.style in (options.styles or each.style)]
     options.results.mkdir(parents=True, exist_ok=True)
     options.output.mkdir(parents=True, exist_ok=True)
-    for style in {each.style for each in trials}:
-        trial.reference_of(style, options.output, options.device)
+    if options.study != "real_fake":
+        for style in {each.style for each in trials}:
+            trial.reference_of(style, options.output, options.device)
     # Trials side by side, with one thread each, use a machine better than threads do.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:

@@ -71,5 +71,16 @@ IMPERFECT = (
     ),
     Arm("all images sharp", images="restored"),
 )
+REAL = "real images alone"
+REAL_FAKE = (
+    Arm(PLAIN),
+    Arm("distribution term, 10%", _TERM, like="distribution term, 10%"),
+    Arm("balance by band", replace(OFF, balance="band"), like="balance by band"),
+    Arm(
+        "balance by band, distribution term", replace(_TERM, balance="band"), like="balance by band, distribution term"
+    ),
+    Arm(REAL),  # nothing is sampled: the classifier sees the training images themselves
+)
+ARMS = {"rates": BALANCE, "balance": BALANCE, "imperfect": IMPERFECT, "real_fake": REAL_FAKE}
 # Arms whose images do not depend on the defect are trained for one defect only, and count for all.
 WITHOUT_DEFECT = ("sharp images alone", "all images sharp")

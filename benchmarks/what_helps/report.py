@@ -18,8 +18,8 @@ from statsmodels.stats.multitest import multipletests
 
 from freq_loss_plugin.analysis.figures import COLORS, new_figure
 
-from .arms import BALANCE, IMPERFECT, PLAIN, SHAM
-from .images import MIXTURE
+from .arms import ARMS, PLAIN, REAL, SHAM
+from .images import DEFECTS, MIXTURE
 
 KEY = ("arm", "images", "defect", "seed", "rate")
 Row = Mapping[str, str]
@@ -41,6 +41,7 @@ PRIMARY = {
         "kernel distance": False,
         "fidelity": True,
     },
+    "real_fake": {"accuracy": True},
 }
 # Others that are shown, where a world has them.
 SECONDARY = {"texture": True, "style": True, "validation 50 low": False, "validation 50 high": False}
@@ -49,6 +50,7 @@ SECONDARY |= {"validation 950 low": False, "validation 950 high": False}
 CONTROLS = {
     "balance": ("twice the steps", "debiased estimation"),
     "imperfect": ("sharp images alone", "min_timestep = 600 for all"),
+    "real_fake": (REAL,),
 }
 _SECOND_MODEL = ("twitter", "line art")
 
@@ -122,7 +124,8 @@ def surviving(compared: Mapping[Comparison, Difference], level: float = 0.05) ->
 
 def tables(study: str, rows: Sequence[Row]) -> str:
     """Markdown: every arm's difference from plain MSE in the primary measures, the others, and from the controls."""
-    primary = PRIMARY[study]
+    primary, single = PRIMARY[study], [row for row in rows if row["defect"] in DEFECTS]
+    rows = [row for row in rows if row["defect"] not in DEFECTS]
     compared = differences(rows, primary)
     judged = {each: value for each, value in compared.items() if each.arm != SHAM}
     marked = surviving(judged)
@@ -134,16 +137,19 @@ def tables(study: str, rows: Sequence[Row]) -> str:
         f"the difference survives Holm's correction over all {len(judged)} primary comparisons. {excluding} intervals "
         f"exclude 0 ({len(judged) / 20:.0f} would by chance alone); {len(marked)} survive.",
         *_tables_by_model(compared, primary, marked),
-        "",
-        "Other measures, without a correction:",
-        *_tables_by_model(differences(rows, SECONDARY), SECONDARY, set()),
     ]
+    others = _tables_by_model(differences(rows, SECONDARY), SECONDARY, set())
+    lines += ["", "Other measures, without a correction:", *others] if others else []
     for control in CONTROLS[study]:
         lines += ["", f"Difference from {control}:"]
         lines += _tables_by_model(differences(rows, primary, control), primary, set())
     for setting in (", guidance 1", ", strength 0.7"):
         names = {f"{name}{setting}": better for name, better in primary.items() if name != "validation"}
-        lines += ["", f"Difference from plain MSE{setting}:", *_tables_by_model(differences(rows, names), names, set())]
+        table = _tables_by_model(differences(rows, names), names, set())
+        lines += ["", f"Difference from plain MSE{setting}:", *table] if table else []
+    for defect in DEFECTS if single else ():
+        of_defect = differences([row for row in single if row["defect"] == defect], primary)
+        lines += ["", f"Difference from plain MSE, {defect}:", *_tables_by_model(of_defect, primary, set())]
     return "\n".join(lines)
 
 
@@ -182,8 +188,9 @@ def _tables_by_model(
     for model in ("toy", "emoji"):
         arms = list(dict.fromkeys(each.arm for each in compared if each.model == model))
         names = [name for name in measures if any((model, arm, name) in compared for arm in arms)]
-        if arms:
-            lines += ["", f"| {model} | pairs | {' | '.join(names)} |", "|---" * (2 + len(names)) + "|"]
+        if not names:
+            continue
+        lines += ["", f"| {model} | pairs | {' | '.join(names)} |", "|---" * (2 + len(names)) + "|"]
         for arm in sorted(arms, key=_order):
             cells = []
             for name in names:
@@ -206,21 +213,24 @@ def _sign(value: Difference, *, more_is_better: bool) -> str:
 
 
 def _order(arm: str) -> int:
-    return [each.name for each in (*BALANCE, *IMPERFECT)].index(arm)
+    return [each.name for some in ARMS.values() for each in some].index(arm)
 
 
 def _forest(study: str, rows: Sequence[Row], file: Path) -> None:
     """One panel for each primary measure, one line for each arm and model, the interval of its difference."""
     measures = PRIMARY[study]
-    compared = differences(rows, measures)
+    compared = differences([row for row in rows if row["defect"] not in DEFECTS], measures)
     lines = [
         (model, arm)
         for arm in sorted({each.arm for each in compared}, key=_order, reverse=True)
         for model in ("emoji", "toy")
         if any(each[:2] == (model, arm) for each in compared)
     ]
-    figure = new_figure(1500, 90 + 2 * (60 + 19 * len(lines)), dpi=100, layout="constrained")
-    for axis, (measure, more_is_better) in zip(figure.subplots(2, 3, sharey=True).flat, measures.items(), strict=True):
+    columns = min(3, len(measures))
+    panels = -(-len(measures) // columns)
+    figure = new_figure(500 * columns, 90 + panels * (60 + 19 * len(lines)), dpi=100, layout="constrained")
+    axes = figure.subplots(panels, columns, sharey=True, squeeze=False)
+    for axis, (measure, more_is_better) in zip(axes.flat, measures.items(), strict=True):
         for place, (model, arm) in enumerate(lines):
             value = compared.get(Comparison(model, arm, measure))
             if value is not None:

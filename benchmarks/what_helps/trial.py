@@ -12,16 +12,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import measures
-from .arms import BALANCE, DDPM_ONLY, IMPERFECT, SHAM, WITHOUT_DEFECT, Arm
-from .emoji import EmojiWorld
+from assets.make_tiny_flow import emoji
+
+from . import measures, real_fake
+from .arms import ARMS, BALANCE, DDPM_ONLY, IMPERFECT, REAL, REAL_FAKE, SHAM, WITHOUT_DEFECT, Arm
+from .emoji import EmojiTrainee, EmojiWorld
 from .images import DEFECTS, MIXTURE, write
 from .toy import ToyWorld
 from .training import ArmTraining
 from .world import World
 
 TOY, EMOJI = ("frames", "weave"), ("twitter", "line art")
-STEPS = 120
+STEPS, REAL_FAKE_STEPS = 120, 300
+IMAGES_PER_CLASS = (8, 16)
 RATES = (1e-3, 2e-3, 4e-3)
 # Learning rates are chosen on seeds of their own, one for each style of a model.
 RATE_SEEDS, SHAM_SEEDS = (900, 901), 2
@@ -33,10 +36,10 @@ class Trial:
     """What is trained.
 
     Attributes:
-        study: ``rates``, ``balance`` or ``imperfect``.
+        study: ``rates``, ``balance``, ``imperfect`` or ``real_fake``.
         arm: the name of an arm of the study.
         style: the name of the world.
-        defect: of the training images that are not sharp.
+        defect: of the training images that are not sharp; in ``real_fake`` the number of images per class.
         seed: of the training images, the LoRA, the batches, the noise and the timesteps.
         rate: the peak learning rate.
     """
@@ -90,6 +93,19 @@ def imperfect_trials(seeds: range, rates: dict[tuple[bool, str], float]) -> list
     ]
 
 
+def real_fake_trials(seeds: range, rates: dict[tuple[bool, str], float]) -> list[Trial]:
+    """On the style twitter."""
+    return [
+        Trial("real_fake", arm.name, EMOJI[0], str(k), seed, rates[True, arm.like])
+        for seed in seeds
+        for k in IMAGES_PER_CLASS
+        for arm in REAL_FAKE
+    ]
+
+
+STUDIES = {"balance": balance_trials, "imperfect": imperfect_trials, "real_fake": real_fake_trials}
+
+
 def rate_arm(arm: Arm) -> str:
     """The arm whose learning rate an arm of the balance study takes."""
     return arm.like if arm.name == SHAM else arm.name
@@ -99,9 +115,16 @@ def run(trial: Trial, folder: Path, device: str) -> dict[str, Any]:
     """Train and measure; returns a row of the results file. The samples are kept in ``folder``."""
     torch.manual_seed(0)
     start = time.perf_counter()
+    arm = next(each for each in ARMS[trial.study] if each.name == trial.arm)
+    run_study = _run_real_fake if trial.study == "real_fake" else _run_style
+    row: dict[str, Any] = dict(zip(("arm", "images", "defect", "seed", "rate"), trial.key, strict=True))
+    row |= run_study(trial, arm, folder, device)
+    return row | {"seconds": f"{time.perf_counter() - start:.0f}"}
+
+
+def _run_style(trial: Trial, arm: Arm, folder: Path, device: str) -> dict[str, str]:
     world = world_of(trial.style)
     reference = reference_of(trial.style, folder, device)
-    arm = next(each for each in (IMPERFECT if trial.study == "imperfect" else BALANCE) if each.name == trial.arm)
     trainee = world.new(trial.seed, torch.device(device))
     with tempfile.TemporaryDirectory() as images:
         chosen = arm.images if trial.study == "imperfect" else "varied"
@@ -114,10 +137,19 @@ def run(trial: Trial, folder: Path, device: str) -> dict[str, Any]:
         measured, samples = measures.measure(world, trainee, reference)
         name = "-".join(trial.key).replace(" ", "_")
         np.save(folder / f"{trial.study}-{name}.npy", (samples.numpy() * 255).round().astype(np.uint8))
-    row = dict(zip(("arm", "images", "defect", "seed", "rate"), trial.key, strict=True))
-    row["least timesteps"] = " ".join(f"{least:.0f}" for least in sorted(training.least.tolist()) if least)
-    row["seconds"] = f"{time.perf_counter() - start:.0f}"
-    return row | {name: f"{value:.5g}" for name, value in measured.items()}
+    least = " ".join(f"{least:.0f}" for least in sorted(training.least.tolist()) if least)
+    return {"least timesteps": least} | {name: f"{value:.5g}" for name, value in measured.items()}
+
+
+def _run_real_fake(trial: Trial, arm: Arm, _folder: Path, device: str) -> dict[str, str]:
+    task, k = real_fake.make_task(emoji.concepts(emoji.fetch()), trial.seed), int(trial.defect)
+    if arm.name == REAL:
+        return {"accuracy": f"{real_fake.accuracy_of_real(task, k, trial.style, trial.seed):.5g}"}
+    world, trainee = EmojiWorld(trial.style), EmojiTrainee(trial.seed, torch.device(device))
+    with tempfile.TemporaryDirectory() as images:
+        captions = real_fake.write(task, k, trial.style, Path(images))
+        ArmTraining(world, trainee, arm, captions, seed=trial.seed, steps=REAL_FAKE_STEPS, rate=trial.rate).run()
+    return {"accuracy": f"{real_fake.accuracy_of_samples(trainee, task, trial.style, trial.seed):.5g}"}
 
 
 def world_of(style: str) -> World:
