@@ -124,7 +124,8 @@ def train_toy_model(folder, **changes):
     from freq_loss_plugin.engine import demo, run, settings
 
     prepared = demo.prepare(folder, "weave")
-    run_settings, loss = settings.read(prepared.values | {"learning_rate": 5e-3} | changes)
+    term_alone = {"dist_match": 0.05, "freq_loss_balance": "off", "freq_loss_image_quality": "off"}
+    run_settings, loss = settings.read(prepared.values | {"learning_rate": 5e-3} | term_alone | changes)
     if loss.guided:
         prepared.extract_features()
     (folder / "config.toml").write_text(settings.as_toml(run_settings, loss))

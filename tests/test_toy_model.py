@@ -17,7 +17,6 @@ import toml
 import torch
 
 from freq_loss_plugin import FreqLossConfig
-from freq_loss_plugin.engine import demo
 from freq_loss_plugin.lora.kohya_format import kohya_weights
 from freq_loss_plugin.toy_model import model_folder
 from freq_loss_plugin.toy_model.attributes import measure
@@ -139,7 +138,7 @@ def test_comfyuis_own_loader_applies_the_lora(trained, inputs, tmp_path):
     file, before, after = inputs
     found = predicted(TESTS / "comfyui_host" / "predict.py", host, trained, file, tmp_path / "result.pt")
     assert found["matched"] == 192
-    assert found["metadata"]["ss_freq_loss_dist_match"] == str(demo.SETTINGS["dist_match"])
+    assert found["metadata"]["ss_freq_loss_dist_match"] == "0.05"
     assert (after - before).abs().max() > 1e-2
     torch.testing.assert_close(found["prediction"], after, atol=2e-5, rtol=0)
 

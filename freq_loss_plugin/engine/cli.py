@@ -10,16 +10,18 @@ from ..options import reference
 from ..options.config import FreqLossConfig
 from ..options.fields import ConfigError
 from . import demo, settings
-from .comparison import WITH_LOSS, Comparison, Sampling, train_and_compare
+from .comparison import FREQUENCY_AWARE, Comparison, Sampling, train_and_compare
 from .dataset import find
 from .run import train
+from .trainer import Outcome
 
 DESCRIPTION = """\
 Trains a LoRA for SD1.x or SD2.x with the frequency loss.
 
-Without --config, this runs a demo on a toy model and synthetic images, once with plain MSE and once with the loss,
-which takes minutes on a CPU. With --config, it trains on your own images: the file is a kohya TOML with a section
-[freq_loss]. Its keys can also be given on the command line, which takes precedence: --max_train_steps 500.
+Without --config, this runs a demo on a toy model and synthetic images, most of them bad: once with plain MSE, and once
+with a balanced base loss and images that train only where they tell the truth. It takes minutes on a CPU. With
+--config, it trains on your own images: the file is a kohya TOML with a section [freq_loss]. Its keys can also be given
+on the command line, which takes precedence: --max_train_steps 500.
 """
 
 
@@ -32,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compare", action="store_true", help="with --config: also train with plain MSE, and plot both"
     )
-    parser.add_argument("--style", choices=demo.TRAINED_STYLES, help="texture of the demo's images (default: weave)")
+    parser.add_argument("--style", choices=demo.TRAINED_STYLES, help="of the demo's images (default: frames)")
     loss, training = (parser.add_argument_group(name) for name in ("frequency loss", "training, as in sd-scripts"))
     reference.add_to_parser(loss, FreqLossConfig, without=("min_snr_gamma",))  # the trainer has it, too
     reference.add_to_parser(training, settings.Settings)
@@ -60,7 +62,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
         compared = train_and_compare(training, loss, sampling=sampling, resume=options.resume)
         return _summarize(compared, training)
     outcome = train(training, loss, resume=options.resume)
-    return _summarize(Comparison({WITH_LOSS: outcome}, []), training)
+    return _summarize(Comparison({FREQUENCY_AWARE: outcome}, []), training)
 
 
 def read_overrides(options: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
@@ -82,7 +84,7 @@ def _run_demo(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
             raise ConfigError(
                 f"--{key}: the demo has a model and images of its own; write the key into a TOML for --config"
             )
-    prepared = demo.prepare(Path(overrides.get("output_dir", "output")), options.style or demo.TRAINED_STYLES[1])
+    prepared = demo.prepare(Path(overrides.get("output_dir", "output")), options.style or demo.TRAINED_STYLES[0])
     training, loss = settings.read(settings.override(prepared.values, overrides))
     if not loss.changes_training:
         raise ConfigError(
@@ -109,15 +111,18 @@ def _summarize(compared: Comparison, training: settings.Settings, toml: Path | N
         label = f"{name}: " if len(compared.outcomes) > 1 else ""
         print(f"  {label}{outcome.step} steps in {outcome.seconds:.0f} s -> {outcome.lora}")
         if outcome.evaluations:
-            before, after = outcome.evaluations[0], outcome.evaluations[-1]
-            print(
-                f"    on validation images: L_low {before.low:.4f} -> {after.low:.4f}, "
-                f"L_high {before.high:.4f} -> {after.high:.4f}"
-            )
+            print(f"    validation error, of what it was before: {_relative_errors(outcome)}")
     for file in compared.files:
         print(f"  {file}")
-    print(_next_steps(compared.outcomes[WITH_LOSS].lora, training, toml))
+    print(_next_steps(compared.outcomes[FREQUENCY_AWARE].lora, training, toml))
     return 0
+
+
+def _relative_errors(outcome: Outcome) -> str:
+    """Geometric means over the timesteps of the lower and the upper half, both bands together."""
+    before, after = outcome.errors
+    lower, upper = ((after / before).log().mean(dim=0).chunk(2)[half].mean().exp() for half in (0, 1))
+    return f"{lower:.0%} at low noise levels, {upper:.0%} at high ones"
 
 
 def _next_steps(lora: Path, training: settings.Settings, toml: Path | None) -> str:

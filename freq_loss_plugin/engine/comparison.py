@@ -1,4 +1,4 @@
-"""Trains with and without the loss and shows both side by side: samples from the same seeds, and curves."""
+"""Trains with plain MSE and frequency-aware, and shows both side by side: samples from the same seeds, and curves."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from .trainer import Outcome
 
 # How many training images are read for the spectrum.
 _MAX_IMAGES = 64
-PLAIN, WITH_LOSS = "plain MSE", "with the frequency loss"
+PLAIN, FREQUENCY_AWARE = "plain MSE", "frequency-aware"
+_TRAINING, _TRUE = "training images", "true images of the prompts"
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def train_and_compare(
     With a guidance token both are trained with it, and their samples use the mean of the training images' features.
 
     Besides the two LoRA files this writes ``comparison.png`` (training images, samples before training, with plain MSE,
-    with the loss) and ``curves.png`` (band losses, radial spectra) to ``output_dir``.
+    with the loss) and ``curves.png`` (validation errors, radial spectra) to ``output_dir``.
 
     Args:
         settings: see `freq_loss_plugin.engine.settings`.
@@ -121,15 +122,16 @@ def train_and_compare(
     """
     off = replace(loss.without_effect(), gradient_ratio=0.0, grad_cosine=False, validation=False)
     plain = replace(settings, output_name=f"{settings.output_name}-plain_mse")
-    arms = {PLAIN: (plain, off), WITH_LOSS: (settings, loss)}
+    arms = {PLAIN: (plain, off), FREQUENCY_AWARE: (settings, loss)}
     if resume and not any(arm.state_file.is_file() for arm, _ in arms.values()):
         raise ConfigError(
             f"--resume: no saved state in {settings.output_dir}; train without --resume first, or check output_dir"
         )
     examples = find(settings).examples
     size = examples[0].size
-    of_one_size = [load_pixels(example) for example in examples if example.size == size][:_MAX_IMAGES]
-    rows = {"training images": torch.stack(of_one_size) / 2 + 0.5}
+    rows = {_TRAINING: _pixels([example for example in examples if example.size == size][:_MAX_IMAGES])}
+    if held_out is not None:  # the prompts are the captions of the first of them
+        rows[_TRUE] = _pixels(held_out)
     outcomes: dict[str, Outcome] = {}
     print("sampling from the model before training")
     rows["before"] = sample(load(settings, PartialState().device), sampling, size)
@@ -143,8 +145,14 @@ def train_and_compare(
         guided = sampling if features is None else replace(sampling, features=features.mean[None])
         rows[name] = sample(outcomes[name].model, guided, size)
     folder = Path(settings.output_dir)
+    # Spectra are compared with those of true images, which may be better than the training images.
+    of_less_use = _TRAINING if _TRUE in rows else _TRUE
     files = [
         plots.comparison(folder / "comparison.png", rows, sampling.prompts),
-        plots.curves(folder / "curves.png", outcomes, rows),
+        plots.curves(folder / "curves.png", outcomes, {name: rows[name] for name in rows if name != of_less_use}),
     ]
     return Comparison(outcomes, files)
+
+
+def _pixels(examples: list[Example]) -> Tensor:
+    return torch.stack([load_pixels(example) for example in examples]) / 2 + 0.5

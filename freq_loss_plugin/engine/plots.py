@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from ..analysis.figures import COLORS, new_figure
 from ..analysis.spectra import radial_power_spectrum
 from ..atomic_files import write_whole
+from .evaluation import ERROR_TIMESTEPS
 from .trainer import Outcome
 
 
@@ -25,7 +27,7 @@ def comparison(file: Path, rows: Mapping[str, Tensor], prompts: list[str]) -> Pa
     """
     figure, axes = _figure(len(rows), len(prompts), 1.55, 1.7)
     for row, (name, images) in zip(axes, rows.items(), strict=True):
-        row[0].set_ylabel(name.replace(" with", "\nwith").replace("the frequency", "the\nfrequency"), fontsize=9)
+        row[0].set_ylabel(textwrap.fill(name, 16), fontsize=9)
         for axis, image in zip(row, images, strict=False):
             axis.imshow(image.permute(1, 2, 0).numpy())
         for axis in row:
@@ -37,38 +39,58 @@ def comparison(file: Path, rows: Mapping[str, Tensor], prompts: list[str]) -> Pa
 
 
 def curves(file: Path, outcomes: Mapping[str, Outcome], rows: Mapping[str, Tensor]) -> Path:
-    """Write the band losses over the run (left) and the radial spectra of the images in ``rows`` (right).
+    """Write the validation error by timestep and band, the losses of the term if there is one, and radial spectra.
 
     Args:
         file: the PNG.
         outcomes: runs by name.
         rows: images of shape (n, 3, H, W), 0..1, by name.
     """
-    figure, axes = _figure(1, 3, 4.2, 3.4)
-    # The same colors in every plot: training images, before, plain MSE, with the loss.
+    has_term = any(numbers.low or numbers.high for each in outcomes.values() for numbers in each.history)
+    has_errors = any(each.evaluations for each in outcomes.values())
+    bands = ("low", "high")
+    panels: list[Callable[[Any], None]] = [lambda axis: _draw_spectra(axis, rows, colors)]
+    # The same colors in every plot: true images, before, plain MSE, with the loss.
     colors = dict(zip(rows, COLORS, strict=False))
-    for axis, band in zip(axes[0], ("low", "high"), strict=False):
-        for name, outcome in outcomes.items():
-            if outcome.evaluations:
-                steps = [evaluation.step for evaluation in outcome.evaluations]
-                values = [getattr(evaluation, band) for evaluation in outcome.evaluations]
-                axis.plot(steps, values, label=name, color=colors[name])
-            elif outcome.history and any(getattr(numbers, band) for numbers in outcome.history):
-                axis.plot(
-                    _smooth([getattr(numbers, band) for numbers in outcome.history]), color=colors[name], label=name
-                )
-        where = "validation images" if any(outcome.evaluations for outcome in outcomes.values()) else "training batches"
-        axis.set_title(f"L_{band} on {where}", fontsize=10)
-        axis.set_xlabel("step")
-        axis.set_ylim(bottom=0)
+    if has_term:
+        panels = [functools.partial(_draw_band_loss, outcomes, colors, band) for band in bands] + panels
+    if has_errors:
+        panels = [functools.partial(_draw_errors, outcomes, colors, band) for band in bands] + panels
+    figure, axes = _figure(1, len(panels), 4.2, 3.4)
+    for axis, draw in zip(axes[0], panels, strict=True):
+        draw(axis)
         axis.legend(fontsize=8)
+    return _write(figure, file)
+
+
+def _draw_errors(outcomes: Mapping[str, Outcome], colors: Mapping[str, str], band: str, axis: Any) -> None:
+    for name, outcome in outcomes.items():
+        before, after = (errors[("low", "high").index(band)] for errors in outcome.errors)
+        axis.semilogy(ERROR_TIMESTEPS, (after / before).tolist(), label=name, color=colors[name], marker=".")
+    axis.axhline(1, color=colors["before"], label="before")
+    axis.set_title(f"validation error, {band} band, relative to before", fontsize=10)
+    axis.set_xlabel("timestep (noise level)")
+
+
+def _draw_band_loss(outcomes: Mapping[str, Outcome], colors: Mapping[str, str], band: str, axis: Any) -> None:
+    for name, outcome in outcomes.items():
+        if outcome.evaluations:
+            steps = [evaluation.step for evaluation in outcome.evaluations]
+            axis.plot(steps, [getattr(each, band) for each in outcome.evaluations], label=name, color=colors[name])
+        elif any(getattr(numbers, band) for numbers in outcome.history):
+            axis.plot(_smooth([getattr(each, band) for each in outcome.history]), color=colors[name], label=name)
+    where = "validation images" if any(outcome.evaluations for outcome in outcomes.values()) else "training batches"
+    axis.set_title(f"L_{band} on {where}", fontsize=10)
+    axis.set_xlabel("step")
+    axis.set_ylim(bottom=0)
+
+
+def _draw_spectra(axis: Any, rows: Mapping[str, Tensor], colors: Mapping[str, str]) -> None:
     for name, images in rows.items():
         spectrum = radial_power_spectrum(images)
-        axes[0][2].loglog(spectrum.frequency, spectrum.power, label=name, color=colors[name])
-    axes[0][2].set_title("radial power spectrum", fontsize=10)
-    axes[0][2].set_xlabel("cycles per pixel")
-    axes[0][2].legend(fontsize=8)
-    return _write(figure, file)
+        axis.loglog(spectrum.frequency, spectrum.power, label=name, color=colors[name])
+    axis.set_title("radial power spectrum", fontsize=10)
+    axis.set_xlabel("cycles per pixel")
 
 
 def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:

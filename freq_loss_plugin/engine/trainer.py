@@ -67,6 +67,7 @@ class Outcome:
         finished: False if the run was interrupted.
         history: the numbers of every step of this run.
         evaluations: the losses on validation images, if there are any.
+        errors: on validation images, by band and timestep, before and after training; see `ValidationSet.errors`.
         model: the model with its trained LoRA layers.
         features: those for the guidance token; None without one.
     """
@@ -77,6 +78,7 @@ class Outcome:
     finished: bool
     history: list[StepMetrics]
     evaluations: list[Evaluation]
+    errors: tuple[Tensor, Tensor]
     model: Model = field(repr=False)
     features: clip_features.Features | None = field(repr=False, default=None)
 
@@ -134,6 +136,7 @@ class Trainer:
         validation = ValidationSet(held_out, latents, self._pass_at, self._base_loss)
         tracking = Tracking(self._accelerator, settings)
         evaluations = []
+        errors_before = validation.errors(self._loss.bands)
         start = time.perf_counter()
         every = settings.validate_every_n_steps or max(1, settings.max_train_steps // _EVALUATIONS)
         with stop_on_signal() as stop, self._bar(title) as bar:
@@ -153,7 +156,10 @@ class Trainer:
             print(f"\nstopped after step {self._step} of {settings.max_train_steps}, and saved: {lora}")
             print("continue with the same command and --resume")
         done = [evaluation for evaluation in evaluations if evaluation is not None]
-        return Outcome(lora, self._step, seconds, finished, self._history, done, self._model, self._data.features)
+        errors = errors_before, validation.errors(self._loss.bands)
+        return Outcome(
+            lora, self._step, seconds, finished, self._history, done, errors, self._model, self._data.features
+        )
 
     def encode(self) -> None:
         """Encode the training images."""
