@@ -67,7 +67,8 @@ def main(arguments: list[str] | None = None) -> int:
         print("\nfreq_loss: interrupted; files saved before are intact", file=sys.stderr)
         return 130
     except OSError as error:
-        print(f"\nfreq_loss: {error}. The last saved file is intact; continue with --resume", file=sys.stderr)
+        hint = ". The last saved file is intact; continue with --resume" if command == "train" else ""
+        print(f"\nfreq_loss: {error}{hint}", file=sys.stderr)
         return 1
 
 

@@ -6,12 +6,12 @@ import argparse
 import json
 import re
 from collections.abc import Mapping
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
-import toml
-
 from .options.fields import ConfigError
+from .options.files import load_toml, read_text
 from .options.parsing import flatten
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl")
@@ -35,10 +35,7 @@ def read_config(options: argparse.Namespace) -> dict[str, Any]:
     given = {source: getattr(options, source) for source in SOURCES if getattr(options, source)}
     if options.config_file is None:
         return given
-    try:
-        return flatten(toml.load(options.config_file)) | given
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--config_file {options.config_file} cannot be read: {error}") from None
+    return flatten(load_toml(options.config_file, "--config_file")) | given
 
 
 def sources(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,16 +118,17 @@ def _from_config(file: Path) -> list[Path]:
 
 def _read_config(file: Path) -> Mapping[str, Any]:
     try:
-        text = file.read_text(encoding="utf-8")
-        return json.loads(text) if file.suffix.lower() == ".json" else toml.loads(text)
-    except (OSError, ValueError) as error:  # the errors of toml and json are ValueErrors
+        if file.suffix.lower() != ".json":
+            return load_toml(file, "dataset_config")
+        return json.loads(read_text(file))
+    except (OSError, JSONDecodeError) as error:
         raise ConfigError(f"dataset_config = {str(file)!r} cannot be read: {error}") from None
 
 
 def _from_metadata(file: Path, folder: str | None) -> list[Path]:
     """The keys of a metadata file: paths of images, or their names in ``folder`` without extension."""
     try:
-        lines = file.read_text(encoding="utf-8")
+        lines = read_text(file)
         keys = (
             [json.loads(line)["image_path"] for line in lines.splitlines() if line.strip()]
             if file.suffix == ".jsonl"

@@ -3,36 +3,30 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import toml
-
 from freq_loss_plugin import ConfigError, FreqLossConfig
-from freq_loss_plugin.options.keys import SECTION
 from freq_loss_plugin.options.parsing import parse_pairs, parse_strings
 
-from . import balance, guidance, host, image_quality, report
+from . import balance, config_file, guidance, host, image_quality, report, wrapped_module
 from .hook import LossHook
 from .host import UnsupportedTrainerError
-from .trainers import FAMILIES, Family, TrainingRun, find_run
-
-OWN_NAME = "kohya_patch"
+from .trainers import Family, TrainingRun, find_run
 
 
 def create_network(*arguments: Any, **network_args: Any) -> Any:
     """See `kohya_patch.create_network`."""
     run = _require_run()
     config = check(run)
-    module = _wrapped_module(config, run.family)
-    network = module.create_network(*arguments, **_for_the_wrapped_module(network_args))
-    return _attach(network, run, config, module, arguments)
+    module = wrapped_module.load(config, run.family)
+    network = module.create_network(*arguments, **wrapped_module.own_args(network_args))
+    return _attach(network, run, config, module, arguments, network_args)
 
 
 def create_network_from_weights(*arguments: Any, **network_args: Any) -> Any:
@@ -42,11 +36,11 @@ def create_network_from_weights(*arguments: Any, **network_args: Any) -> Any:
     run = _require_run() if trains else find_run()
     config = FreqLossConfig() if run is None else check(run)
     family = None if run is None else run.family
-    module = _wrapped_module(config, family)
-    network, weights = module.create_network_from_weights(*arguments, **_for_the_wrapped_module(network_args))
+    module = wrapped_module.load(config, family)
+    network, weights = module.create_network_from_weights(*arguments, **wrapped_module.own_args(network_args))
     if run is not None and trains:
         # weights_sd or a file comes after the multiplier here; the text encoder is one place earlier.
-        network = _attach(network, run, config, module, (None, *arguments))
+        network = _attach(network, run, config, module, (None, *arguments), network_args)
     return network, weights
 
 
@@ -65,9 +59,9 @@ def _require_run() -> TrainingRun:
     if run is None:
         script = Path(sys.argv[0]).name
         raise UnsupportedTrainerError(
-            f"network_module = {OWN_NAME!r} in {script}: the frequency loss needs batches of images that "
-            "NetworkTrainer.train of a *train_network.py script of sd-scripts trains on, and no training of sd-scripts "
-            "is running that way (train_leco.py and sdxl_train_leco.py train on prompts alone). "
+            f"network_module = {wrapped_module.OWN_NAME!r} in {script}: the frequency loss needs batches of images "
+            "that NetworkTrainer.train of a *train_network.py script of sd-scripts trains on, and no training of "
+            "sd-scripts is running that way (train_leco.py and sdxl_train_leco.py train on prompts alone). "
             'Use train_network.py, sdxl_train_network.py, ..., or set network_module = "networks.lora"'
         )
     return run
@@ -82,7 +76,7 @@ def check(run: TrainingRun) -> FreqLossConfig:
     """
     args, family = run.args, run.family
     config = read_config(args)
-    _check_wrapped_name(_wrapped_name(config, family), family)
+    wrapped_module.check_name(wrapped_module.name_of(config, family), family)
     trainer = type(run.trainer)
     host.check_methods(trainer)
     if config.balanced:
@@ -115,60 +109,16 @@ def read_config(args: argparse.Namespace) -> FreqLossConfig:
     """The options out of sd-scripts' arguments: the TOML's keys, over which ``network_args`` win.
 
     sd-scripts flattens its TOML into ``args``, by which a key of ``[freq_loss]`` that is spelled like nothing known is
-    lost among its own; the section is therefore looked at once more in the file.
+    lost among its own, and a network module that the command line replaces by ours is lost, too; the file has both.
     """
-    FreqLossConfig.check_section(_toml_section(args))
+    written = config_file.read(args)
+    FreqLossConfig.check_section(config_file.section(written))
     own = [item for item in getattr(args, "network_args", None) or [] if FreqLossConfig.claims(item.partition("=")[0])]
-    values = {**vars(args), **parse_strings(FreqLossConfig, parse_pairs(own))}
-    return FreqLossConfig.from_mapping(values)
-
-
-def _toml_section(args: argparse.Namespace) -> Mapping[str, Any]:
-    name = getattr(args, "config_file", None)
-    if not name:
-        return {}
-    # sd-scripts accepts the name with and without its ending, and strips it from args afterwards.
-    path = Path(name if name.endswith(".toml") else f"{name}.toml")
-    if not path.exists():
-        return {}
-    section = toml.load(path).get(SECTION, {})
-    return section if isinstance(section, Mapping) else {}
-
-
-def _for_the_wrapped_module(network_args: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in network_args.items() if not FreqLossConfig.claims(key)}
-
-
-def _wrapped_name(config: FreqLossConfig, family: Family | None) -> str:
-    return config.network_module or (family.network_module if family else "networks.lora")
-
-
-def _wrapped_module(config: FreqLossConfig, family: Family | None) -> ModuleType:
-    return importlib.import_module(_wrapped_name(config, family))
-
-
-def _check_wrapped_name(name: str, family: Family) -> None:
-    key = f"freq_loss_network_module = {name!r}"
-    if name.split(".")[0] == OWN_NAME:
-        raise ConfigError(
-            f"{key}: kohya_patch cannot wrap itself; name the module to train, for instance networks.lora"
-        )
-    try:
-        found = importlib.util.find_spec(name)
-    except (ImportError, ValueError):
-        found = None
-    if found is None:
-        raise ConfigError(
-            f"{key}: no such Python module; expected a network module that sd-scripts can import, for instance "
-            "networks.lora, networks.lora_flux, or lycoris.kohya (pip install lycoris_lora)"
-        )
-    supported = [FAMILIES[trainer] for trainer in host.NETWORK_MODULES.get(name, ())]
-    if supported and family not in supported:
-        raise ConfigError(
-            f"{key}: this trainer is {family.name}, and sd-scripts' module is for "
-            f"{' and '.join(each.name for each in supported)} only; for LoHa and LoKr set freq_loss_network_module = "
-            f"'lycoris.kohya' (pip install lycoris_lora), for LoRA '{family.network_module}'"
-        )
+    config = FreqLossConfig.from_mapping({**vars(args), **parse_strings(FreqLossConfig, parse_pairs(own))})
+    module = config_file.network_module(written)
+    if config.network_module is None and module not in (None, wrapped_module.OWN_NAME):
+        return replace(config, network_module=module)
+    return config
 
 
 def _check_against_trainer(config: FreqLossConfig, args: argparse.Namespace, family: Family) -> None:
@@ -213,7 +163,12 @@ def _smallest_side(resolution: Any) -> int | None:
 
 
 def _attach(
-    network: Any, run: TrainingRun, config: FreqLossConfig, module: ModuleType, arguments: tuple[Any, ...]
+    network: Any,
+    run: TrainingRun,
+    config: FreqLossConfig,
+    module: ModuleType,
+    arguments: tuple[Any, ...],
+    network_args: Mapping[str, Any],
 ) -> Any:
     if network is None:
         return None  # sd-scripts stops here by itself
@@ -221,6 +176,7 @@ def _attach(
     quality = image_quality.ImageQuality(run, config, _vae(arguments)) if config.gated else None
     LossHook(run, config, module.__name__, tokens, quality).install()
     report.announce(run, config, module.__name__, tokens.features if tokens else None, quality)
+    report.warn([*wrapped_module.ignored_args(module, network_args), *config_file.foreign_keys(run.args)])
     return network
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
@@ -39,7 +39,12 @@ def announce(
     logs = any(getattr(args, name, None) for name in ("logging_dir", "log_with"))
     validates = bool(run.validation_datasets)
     warnings = advice.warnings(config, _smallest_batch(run), *window, validates=validates, logs=logs)
-    for warning in [*(quality.survey.warnings if quality is not None else ()), *warnings]:
+    warn([*(quality.survey.warnings if quality is not None else ()), *warnings])
+
+
+def warn(warnings: Iterable[str]) -> None:
+    """Log warnings on the main process."""
+    for warning in warnings if is_main_process() else ():
         logger.warning("freq_loss: %s", warning)
 
 

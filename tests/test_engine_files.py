@@ -69,7 +69,8 @@ def test_a_validation_split_is_not_trained_on_and_its_bands_are_logged(make_sett
     outcome = run.train(run_settings, dataclasses.replace(ON, validation=True))
     assert f"{len(kept.examples)} images" in capsys.readouterr().out
     assert [evaluation.step for evaluation in outcome.evaluations] == [0, 1, 2]
-    accumulator = EventAccumulator(str(tmp_path / "logs" / "lora"))
+    (folder,) = (tmp_path / "logs" / "lora").iterdir()  # one for each run
+    accumulator = EventAccumulator(str(folder))
     accumulator.Reload()
     for band in ("low", "high"):
         events = accumulator.Scalars(f"loss/validation/freq_{band}")

@@ -230,7 +230,7 @@ def test_metadata_files(tree):
     [
         ({}, "none of train_data_dir, reg_data_dir, dataset_config, in_json is given"),
         ({"train_data_dir": "/nowhere"}, "train_data_dir = '/nowhere': there is no such folder"),
-        ({"dataset_config": "/nowhere.toml"}, "dataset_config = '/nowhere.toml' cannot be read"),
+        ({"dataset_config": "/nowhere.toml"}, "dataset_config /nowhere.toml: there is no such file"),
         ({"in_json": "/nowhere.json"}, "metadata file '/nowhere.json' cannot be read"),
     ],
 )

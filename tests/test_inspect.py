@@ -113,7 +113,7 @@ def test_unreadable_images_are_named(images, tmp_path, capsys):
 WRONG = {
     "nothing": ((), "no images: none of train_data_dir"),
     "folder": (("--train_data_dir", "nowhere"), "there is no such folder"),
-    "toml": (("--config_file", "nowhere.toml"), "nowhere.toml cannot be read"),
+    "toml": (("--config_file", "nowhere.toml"), "nowhere.toml: there is no such file"),
     "resolution": (("--train_data_dir", "IMAGES", "--resolution", "big"), "expected a side like 1024"),
     "small": (("--train_data_dir", "IMAGES", "--resolution", "32"), "of at least 64"),
 }

@@ -11,7 +11,7 @@ import torch
 
 from ..atomic_files import write_whole
 from ..guidance_token.features import CLIP_KEY, Features, file_metadata
-from ..image_quality.survey import SUMMARY_KEY
+from ..image_quality.survey import SUMMARY_KEY, listed
 from ..lora.kohya_format import NETWORK_MODULE
 from ..options.config import FreqLossConfig
 from ..options.fields import ConfigError
@@ -45,7 +45,7 @@ def metadata(settings: Settings, loss: FreqLossConfig, data: DataSet, step: int,
     entries: dict[str, Any] = {
         "ss_network_module": NETWORK_MODULE,
         "ss_network_dim": settings.network_dim,
-        "ss_network_alpha": settings.network_alpha,
+        "ss_network_alpha": settings.alpha,
         "ss_base_model_version": f"{version}_v" if settings.v2 and settings.v_parameterization else version,
         "ss_v2": settings.v2,
         "ss_sd_model_name": Path(settings.pretrained_model_name_or_path).name,
@@ -55,7 +55,7 @@ def metadata(settings: Settings, loss: FreqLossConfig, data: DataSet, step: int,
         "ss_text_encoder_lr": text_rate or None,
         "ss_optimizer": settings.optimizer_type,
         "ss_lr_scheduler": settings.lr_scheduler,
-        "ss_lr_warmup_steps": settings.lr_warmup_steps,
+        "ss_lr_warmup_steps": settings.warmup_steps,
         "ss_max_train_steps": settings.max_train_steps,
         "ss_steps": step,
         "ss_total_batch_size": settings.train_batch_size,
@@ -80,13 +80,13 @@ def metadata(settings: Settings, loss: FreqLossConfig, data: DataSet, step: int,
     return texts if data.features is None else texts | file_metadata(loss.guidance_token, data.features)
 
 
-def write_state(settings: Settings, loss: FreqLossConfig, features: Features | None, state: dict[str, Any]) -> None:
+def write_state(settings: Settings, loss: FreqLossConfig, data: DataSet, state: dict[str, Any]) -> None:
     """Write the state from which `read_state` resumes, atomically.
 
     Raises:
         OSError: it cannot be written.
     """
-    identity = {"settings": _identity(settings, loss, features)}
+    identity = {"settings": _identity(settings, loss, data.features), "images": _images(settings, data)}
     write_whole(settings.state_file, lambda part: torch.save(state | identity, part))
 
 
@@ -97,11 +97,17 @@ def _identity(settings: Settings, loss: FreqLossConfig, features: Features | Non
     return identity if features is None else identity | {CLIP_KEY: features.clip}
 
 
-def read_state(settings: Settings, loss: FreqLossConfig, features: Features | None) -> dict[str, Any]:
+def _images(settings: Settings, data: DataSet) -> dict[str, int]:
+    """The training images and their repeats: which of them a batch holds depends on all."""
+    root = Path(settings.train_data_dir)
+    return {example.file.relative_to(root).as_posix(): example.repeats for example in data.examples}
+
+
+def read_state(settings: Settings, loss: FreqLossConfig, data: DataSet) -> dict[str, Any]:
     """Read the state that an earlier run saved.
 
     Raises:
-        ConfigError: there is none, it cannot be read, or it was saved with other settings.
+        ConfigError: there is none, it cannot be read, or it was saved with other settings or images.
     """
     file = settings.state_file
     if not file.is_file():
@@ -114,10 +120,26 @@ def read_state(settings: Settings, loss: FreqLossConfig, features: Features | No
     except Exception as error:
         raise ConfigError(f"--resume: {file} cannot be read ({error}); train without --resume") from error
     saved: dict[str, str] = state["settings"]
-    for key, value in _identity(settings, loss, features).items():
+    for key, value in _identity(settings, loss, data.features).items():
         if saved.get(key) != value:
             raise ConfigError(
                 f"--resume: {file} was saved with {key.removeprefix('ss_')} = {saved.get(key)}, and this run has "
                 f"{value}; use the same settings, or train without --resume"
             )
+    _check_images(file, state["images"], _images(settings, data))
     return state
+
+
+def _check_images(file: Path, saved: dict[str, int], now: dict[str, int]) -> None:
+    changes = {
+        "added": [name for name in now if name not in saved],
+        "missing": [name for name in saved if name not in now],
+        "with other repeats": [name for name in now if now[name] != saved.get(name, now[name])],
+    }
+    if any(changes.values()):
+        found = "; ".join(f"{len(names)} {what} ({listed(names)})" for what, names in changes.items() if names)
+        raise ConfigError(
+            f"--resume: the training images are not those with which {file} was saved: {found}. Batches depend on all "
+            "images, and one that has been trained on may become a validation image; restore them, or train without "
+            "--resume"
+        )

@@ -10,20 +10,23 @@ stopped.
 from __future__ import annotations
 
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from .. import image_files
 from ..guidance_token.features import Features
 from ..image_folders import ENDINGS, of_folder, repeated
 from ..image_quality.survey import Survey
 from ..options.fields import ConfigError
+from .captions import Caption, read_caption
 from .settings import Settings
 
 # How many file names an error or a warning lists.
@@ -87,22 +90,24 @@ def find(settings: Settings) -> DataSet:
         ConfigError: there are none, or some cannot be read; those are listed.
     """
     root = Path(settings.train_data_dir)
-    examples, broken, without_caption = [], [], []
+    examples, broken = [], []
+    noted: dict[str, list[Path]] = defaultdict(list)
     folders = repeated(root)
     ignored = sorted(path.name for path in root.iterdir() if path.is_dir() and path not in folders)
+    fallback = f"no caption file (*{settings.caption_extension}): the name of the folder is the caption"
     for folder, (repeats, name) in folders.items():
         for file in of_folder(folder):
-            size = _readable_size(file)
-            if size is None:
+            opened = _open(file)
+            if opened is None:
                 broken.append(file)
                 continue
-            caption = _caption(file, settings.caption_extension)
-            if caption is None:
-                without_caption.append(file)
-            text = name if caption is None else caption
-            examples.append(Example(file, text, repeats, bucket(size, settings)))
+            caption = read_caption(file, settings.caption_extension) or Caption(name, (fallback,))
+            for note in (*opened.notes, *caption.notes):
+                noted[note].append(file)
+            examples.append(Example(file, caption.text, repeats, bucket(opened.size, settings)))
     if broken:
-        raise ConfigError(f"images that cannot be read: {_list(broken, root)}; repair or remove them")
+        hint = image_files.missing_package(broken)
+        raise ConfigError(f"images that cannot be read: {_list(broken, root)}; repair or remove them{hint}")
     if not examples:
         raise ConfigError(
             f"train_data_dir = {settings.train_data_dir!r}: no images. Expected folders named like 10_mycat "
@@ -114,11 +119,7 @@ def find(settings: Settings) -> DataSet:
         warnings.append(
             f"folders without a number of repeats in their name are ignored: {', '.join(ignored[:_MAX_LISTED])}"
         )
-    if without_caption:
-        warnings.append(
-            f"{len(without_caption)} images have no caption file (*{settings.caption_extension}) and fall back to the "
-            f"name of their folder: {_list(without_caption, root)}"
-        )
+    warnings += [f"{len(files)} images, {note}: {_list(files, root)}" for note, files in noted.items()]
     return DataSet(examples, warnings)
 
 
@@ -182,13 +183,12 @@ def _covering(image: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
 def load_pixels(example: Example) -> Tensor:
     """The image, scaled to cover its size and center-cropped: shape (3, H, W), -1..1."""
     width, height = example.size
-    with Image.open(example.file) as image:
-        image = image.convert("RGB")
-        covering = _covering(image.size, example.size)
-        if covering != image.size:
-            image = image.resize(covering, Image.Resampling.LANCZOS)
-        left, top = (image.width - width) // 2, (image.height - height) // 2
-        pixels = np.asarray(image.crop((left, top, left + width, top + height)))
+    image = image_files.open_rgb(example.file)
+    covering = _covering(image.size, example.size)
+    if covering != image.size:
+        image = image.resize(covering, Image.Resampling.LANCZOS)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    pixels = np.asarray(image.crop((left, top, left + width, top + height)))
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1
 
 
@@ -226,24 +226,19 @@ class Batches:
         return batches
 
 
-def _readable_size(file: Path) -> tuple[int, int] | None:
-    """(width, height), or None if the file is not a complete image."""
+class _Opened(NamedTuple):
+    size: tuple[int, int]
+    notes: list[str]
+
+
+def _open(file: Path) -> _Opened | None:
+    """(width, height) and what the user should know, or None if the file is not a complete image."""
     try:
         with Image.open(file) as image:
             image.load()
-            return image.size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            return _Opened(image.size, image_files.notes(image))
+    except image_files.UNREADABLE:
         return None
-
-
-def _caption(file: Path, ending: str) -> str | None:
-    path = file.with_suffix(ending)
-    if not path.is_file():
-        return None
-    try:
-        return path.read_text(encoding="utf-8").strip().split("\n")[0]
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path} is not UTF-8 text; save it as UTF-8") from None
 
 
 def _list(files: list[Path], root: Path) -> str:

@@ -172,7 +172,7 @@ def load(settings: Settings, device: torch.device) -> Model:
     with separate_random_stream(f"lora:{settings.seed}", torch.device("cpu")):
         for prefix, model in adapted.items():
             inject_adapter_in_model(
-                LoraConfig(r=settings.network_dim, lora_alpha=settings.network_alpha, target_modules=_TARGETS[prefix]),
+                LoraConfig(r=settings.network_dim, lora_alpha=settings.alpha, target_modules=_TARGETS[prefix]),
                 model.cpu(),
             )
             model.to(device).train()
@@ -273,7 +273,8 @@ def _check(pipeline: StableDiffusionPipeline, settings: Settings) -> None:
             f"set v2 = {str(not settings.v2).lower()}"
         )
     declared = pipeline.scheduler.config.get("prediction_type", settings.prediction_type)
-    if declared != settings.prediction_type:
+    # A single file says nothing of it; diffusers guesses.
+    if not Path(name).is_file() and declared != settings.prediction_type:
         expected = str(declared == "v_prediction").lower()
         raise ConfigError(
             f"v_parameterization = {str(settings.v_parameterization).lower()}, and the scheduler of {name!r} has "

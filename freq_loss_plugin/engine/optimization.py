@@ -20,7 +20,7 @@ def make_optimizer(model: Model, settings: Settings) -> tuple[Any, Any]:
     schedule = get_scheduler(
         settings.lr_scheduler,
         optimizer,
-        num_warmup_steps=settings.lr_warmup_steps,
+        num_warmup_steps=settings.warmup_steps,
         num_training_steps=settings.max_train_steps,
         num_cycles=settings.lr_scheduler_num_cycles,
     )

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ..analysis.figures import COLORS, new_figure
+from ..analysis.fonts import fonts, is_drawable
 from ..analysis.spectra import radial_power_spectrum
 from ..atomic_files import write_whole
 from .evaluation import ERROR_TIMESTEPS
@@ -33,8 +34,10 @@ def comparison(file: Path, rows: Mapping[str, Tensor], prompts: list[str]) -> Pa
         for axis in row:
             axis.set_xticks([])
             axis.set_yticks([])
-    for axis, prompt in zip(axes[1], prompts, strict=True):
-        axis.set_title(textwrap.fill(prompt, 26), fontsize=6)
+    for number, (axis, prompt) in enumerate(zip(axes[1], prompts, strict=True), start=1):
+        title = prompt if is_drawable(prompt) else f"prompt {number} (no font for its characters)"
+        # A dollar in a caption is no mathematics.
+        axis.set_title(textwrap.fill(title, 26), fontsize=6, family=fonts(), parse_math=False)
     return _write(figure, file)
 
 

@@ -7,12 +7,14 @@ from dataclasses import replace
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
+from .. import image_files
 from ..guidance_token import features as clip_features
 from ..lora import kohya_format
 from ..options import advice
 from ..options.config import FreqLossConfig
 from ..options.fields import ConfigError
 from ..training.messages import describe
+from .captions import too_long
 from .checkpoint import read_state
 from .dataset import DataSet, Example, find, split
 from .model import image_encoder_of, load
@@ -53,10 +55,12 @@ def train(
         loss.check_size(example.size[1] // 8, example.size[0] // 8)
     if loss.guided:
         data = replace(data, features=_load_features(settings, data.examples, held_out))
-    state = read_state(settings, loss, data.features) if resume else None
+    state = read_state(settings, loss, data) if resume else None
     model = load(settings, accelerator.device)
     if data.features is not None:
         clip_features.check_width(data.features, model.text_width, _extraction_command(settings))
+    long = too_long((example.caption for example in data.examples), model.pipeline.tokenizer)
+    data = replace(data, warnings=[*data.warnings, *long])
     if loss.gated:
         data = replace(data, survey=survey_images(settings, loss, data, model))
     _print_start(settings, loss, data, accelerator, validates=bool(held_out))
@@ -95,6 +99,8 @@ def _print_start(
     logs = settings.logging_dir is not None or settings.log_with is not None
     loss_warnings = advice.warnings(loss, settings.train_batch_size, *window, validates=validates, logs=logs)
     quality_warnings = () if data.survey is None else data.survey.warnings
+    # What the files are like has been said of all images.
+    quality_warnings = [each for each in quality_warnings if not any(note in each for note in image_files.NOTES)]
     for warning in [*data.warnings, *quality_warnings, *loss_warnings]:
         print(f"warning: {warning}")
 

@@ -16,8 +16,10 @@ import toml
 from ..loss.latents import NUM_TRAIN_TIMESTEPS, PredictionType
 from ..options.config import FreqLossConfig
 from ..options.fields import ConfigError, check_options, key_of, nearest, option, wrong_value
+from ..options.files import load_toml
 from ..options.keys import SECTION
 from ..options.parsing import flatten, parse_pairs, parse_strings
+from .spellings import as_list, unify
 
 NETWORK_MODULES = ("kohya_patch", "networks.lora")
 # What diffusers.optimization.get_scheduler and sd-scripts both know.
@@ -54,13 +56,13 @@ class Settings:
 
     network_module: str = option("kohya_patch", "the network module that sd-scripts would use", choices=NETWORK_MODULES)
     network_dim: int = option(4, "rank of the LoRA")
-    network_alpha: float = option(1.0, "the LoRA is scaled by network_alpha / network_dim")
+    network_alpha: float = option(1.0, "the LoRA is scaled by network_alpha / network_dim; 0 for network_dim")
     network_train_unet_only: bool = option(False, "do not train the text encoder")
     learning_rate: float = option(1e-4, "learning rate")  # sd-scripts: 2e-6
     unet_lr: float | None = option(None, "learning rate of the UNet's LoRA; default: learning_rate")
     text_encoder_lr: float | None = option(None, "learning rate of the text encoder's LoRA; default: learning_rate")
     lr_scheduler: str = option("constant", "learning rate schedule", choices=LR_SCHEDULERS)
-    lr_warmup_steps: int = option(0, "warmup steps of the learning rate")
+    lr_warmup_steps: float = option(0, "warmup steps of the learning rate; below 1, a fraction of max_train_steps")
     lr_scheduler_num_cycles: int = option(1, "restarts of cosine_with_restarts")
     optimizer_type: str = option("AdamW", "the optimizer", choices=("AdamW",))
     max_grad_norm: float = option(1.0, "clip the gradient to this norm; 0 for no limit")
@@ -115,6 +117,17 @@ class Settings:
         return _or(self.unet_lr, self.learning_rate), text
 
     @property
+    def alpha(self) -> float:
+        """The LoRA is scaled by this over its rank."""
+        return self.network_alpha or float(self.network_dim)
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps in which the learning rate rises."""
+        ratio = self.lr_warmup_steps
+        return int(ratio * self.max_train_steps) if ratio < 1 else int(ratio)
+
+    @property
     def lora_file(self) -> Path:
         """Path of the trained LoRA."""
         return Path(self.output_dir) / f"{self.output_name}.safetensors"
@@ -133,12 +146,22 @@ class Settings:
         for name in ("save_every_n_steps", "validate_every_n_steps", "clip_skip"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise wrong_value(self, name, "a whole number >= 1; leave it out for none")
-        for name in ("learning_rate", "unet_lr", "text_encoder_lr", "max_grad_norm", "lr_warmup_steps"):
+        for name in (
+            "learning_rate",
+            "unet_lr",
+            "text_encoder_lr",
+            "max_grad_norm",
+            "lr_warmup_steps",
+            "network_alpha",
+        ):
             if not 0 <= _or(getattr(self, name), 0) < math.inf:
                 raise wrong_value(self, name, "a finite number >= 0")
-        for name in ("network_alpha", "min_snr_gamma"):
-            if not 0 < _or(getattr(self, name), 1) < math.inf:
-                raise wrong_value(self, name, "a finite number > 0")
+        if not 0 < _or(self.min_snr_gamma, 1) < math.inf:
+            raise wrong_value(self, "min_snr_gamma", "a finite number > 0")
+        if not self.caption_extension.strip("."):
+            raise wrong_value(self, "caption_extension", "the ending of the caption files, like '.txt'")
+        if self.lr_warmup_steps > 1 and self.lr_warmup_steps % 1:
+            raise wrong_value(self, "lr_warmup_steps", "a whole number of steps, or a fraction of the run below 1")
         if not 0 <= self.validation_split < 1:
             raise wrong_value(self, "validation_split", "a number from 0 to below 1")
         first, end = _or(self.min_timestep, 0), _or(self.max_timestep, NUM_TRAIN_TIMESTEPS)
@@ -178,15 +201,12 @@ def read(values: Mapping[str, Any]) -> tuple[Settings, FreqLossConfig]:
     for key in flat:
         if key not in known and key not in FreqLossConfig.fields_by_key():
             raise unknown_key(key)
-    if isinstance(flat.get("resolution"), int):
-        flat["resolution"] = str(flat["resolution"])
-    if flat.get("min_snr_gamma") == 0:
-        del flat["min_snr_gamma"]  # as sd-scripts: 0 is off
     if loss.balanced and flat.get("min_snr_gamma"):
         raise ConfigError(
             f"freq_loss_balance = {loss.balance!r} with min_snr_gamma = {flat['min_snr_gamma']}: both weigh the loss "
             "by noise level; remove min_snr_gamma, or set freq_loss_balance = 'off'"
         )
+    unify(flat)
     settings = Settings(**{known[key]: value for key, value in flat.items() if key in known})
     return settings, _check_network_module(settings, loss, {*flat, *given})
 
@@ -201,12 +221,7 @@ def read_file(path: Path, overrides: Mapping[str, Any]) -> tuple[Settings, FreqL
     Raises:
         ConfigError: the file is missing or not a TOML, or as for `read`.
     """
-    if not path.is_file():
-        raise ConfigError(f"--config {path}: there is no such file")
-    try:
-        values = toml.load(path)
-    except (toml.TomlDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path} is not a TOML file: {error}") from None
+    values = load_toml(path, "--config")
     return read(override(values, overrides))
 
 
@@ -269,7 +284,7 @@ def _check_network_module(settings: Settings, loss: FreqLossConfig, given: set[s
 
 
 def _network_args(items: Any) -> dict[str, str]:
-    pairs = parse_pairs(map(str, items or []))
+    pairs = parse_pairs(as_list(items))
     for key in pairs:
         if key not in FreqLossConfig.fields_by_key():
             raise ConfigError(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -25,7 +27,7 @@ class Tracking:
         self._accelerator = accelerator
         self.is_on = bool(accelerator.log_with)
         if self.is_on:
-            accelerator.init_trackers(settings.output_name)
+            accelerator.init_trackers(_run_name(settings))
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Log numbers by name."""
@@ -46,6 +48,17 @@ class Tracking:
         """Flush and close the trackers."""
         if self.is_on:
             self._accelerator.end_training()
+
+
+def _run_name(settings: Settings) -> str:
+    """A project of W&B; for TensorBoard a folder of this run alone, since curves in one folder become one curve."""
+    if settings.log_with == "wandb":
+        return settings.output_name
+    folder = Path(settings.logging_dir or settings.output_dir)
+    started = time.strftime("%Y%m%d-%H%M%S")
+    suffixes = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+    names = (f"{settings.output_name}/{started}{suffix}" for suffix in suffixes)
+    return next(name for name in names if not (folder / name).exists())
 
 
 def tracker_options(settings: Settings) -> dict[str, str | Path | None]:

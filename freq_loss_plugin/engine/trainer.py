@@ -298,6 +298,6 @@ class Trainer:
             "scaler": scaler.state_dict() if scaler is not None else None,
             "term": self._term.state_dict(),
         }
-        write_state(self._settings, self._loss, self._data.features, state)
+        write_state(self._settings, self._loss, self._data, state)
         self._saved = self._step, file
         return file

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig, CLIPImageProcessor, CLIPVisionModelWithProjection
 
-from .. import image_folders
+from .. import image_files, image_folders
 from ..atomic_files import write_whole
 from ..image_folders import find_images
 from ..options.fields import ConfigError
@@ -103,6 +103,8 @@ def run(options: argparse.Namespace) -> int:
     if unreadable:
         print(f"{len(unreadable)} images cannot be read; repair or remove them and run this again:")
         print("\n".join(f"  {image}: {reason}" for image, reason in unreadable.items()))
+        if hint := image_files.missing_package(unreadable):
+            print(hint.removeprefix("; "))
         return 1
     return 0
 
@@ -126,7 +128,7 @@ def extract(files: list[Path], clip: Clip, batch_size: int) -> dict[Path, str]:
             for file in batch:
                 try:
                     images[file] = _read(file)
-                except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                except image_files.UNREADABLE as error:
                     unreadable[file] = str(error) or type(error).__name__
             if images:
                 for file, features in zip(images, clip(list(images.values())), strict=True):
@@ -137,7 +139,14 @@ def extract(files: list[Path], clip: Clip, batch_size: int) -> dict[Path, str]:
 
 def _save(image: Path, features: Tensor, clip: Clip) -> None:
     tensors, metadata = guidance.contents(image, features, clip.identity)
-    write_whole(guidance.feature_file(image), lambda part: save_file(tensors, part, metadata))
+    file = guidance.feature_file(image)
+    try:
+        write_whole(file, lambda part: save_file(tensors, part, metadata))
+    except OSError as error:
+        raise ConfigError(
+            f"{file} cannot be written: {error}. Features lie beside their images, where trainers look for them: make "
+            "the folder writable, or copy the images to one that is"
+        ) from error
 
 
 def _read(image: Path) -> Image.Image:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .. import image_files
 from .defects import Defect
 from .edges import SHARP, edge_blur
 from .jpeg import quality_of_pixels, quality_of_tables
@@ -27,6 +28,7 @@ GOOD_JPEG, GOOD_NOISE = 70, 6.0
 _MOST_REDUCED = 4.0
 # Blocks of JPEG are looked for in a part of this size.
 _MIDDLE = 1024
+_GREY, _GREY_MODES = "grey: its noise is not known", ("L", "LA", "I", "F", "1", "I;16")
 # Sides below this tell nothing.
 _LEAST_SIDE = 64
 
@@ -78,8 +80,8 @@ def measure_file(file: Path, trained: tuple[int, int] | None = None) -> Measurem
     """
     with Image.open(file) as image:
         jpeg = quality_of_tables(getattr(image, "quantization", None) or {})
-        notes = _notes(image)
-        rgb = image.convert("RGB")
+        notes = [*image_files.notes(image), *([_GREY] if image.mode in _GREY_MODES else [])]
+        rgb = image_files.as_rgb(image)
     found = measure_image(rgb, trained, jpeg)
     return replace(found, notes=(*notes, *found.notes))
 
@@ -131,13 +133,6 @@ def _sharpness(pixels: Tensor, *, is_jpeg: bool) -> tuple[float | None, float, t
     if resolution == 1 or fit_power_law(pixels, blur).is_a_law:
         return blur, resolution, ()
     return None, 1.0, ("soft by nature, its spectrum follows no power law: unknown, taken as good",)
-
-
-def _notes(image: Image.Image) -> tuple[str, ...]:
-    transparent = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
-    grey = image.mode in ("L", "LA", "I", "F", "1", "I;16")
-    notes = {"transparent: measured without its transparency": transparent, "grey: its noise is not known": grey}
-    return tuple(note for note, holds in notes.items() if holds)
 
 
 def _in_steps(value: float, per_octave: int) -> float:

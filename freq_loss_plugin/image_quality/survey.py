@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from .. import image_files
 from ..options.config import FreqLossConfig
 from ..options.fields import ConfigError
 from ..options.image_rules import LEAST, RESOLUTION, rules_by_image
@@ -122,9 +123,10 @@ def measure_all(images: Mapping[Path, Size | None]) -> dict[Path, Measured]:
 
 def check_readable(found: Mapping[Path, Measured]) -> dict[Path, Measurement]:
     """The measurements; raises ConfigError where there is none of an image."""
-    broken = [f"{image} ({one})" for image, one in found.items() if isinstance(one, str)]
+    broken = {image: f"{image} ({one})" for image, one in found.items() if isinstance(one, str)}
     if broken:
-        raise ConfigError(f"images that cannot be read: {listed(broken)}; repair or remove them")
+        hint = image_files.missing_package(broken)
+        raise ConfigError(f"images that cannot be read: {listed(broken.values())}; repair or remove them{hint}")
     return {image: one for image, one in found.items() if not isinstance(one, str)}
 
 
@@ -181,7 +183,7 @@ def listed(things: Iterable[object], most: int = _MOST_LISTED) -> str:
 def _try_to_measure(image: Path, size: Size | None) -> Measured:
     try:
         return measure_file(image, size)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except image_files.UNREADABLE as error:
         return f"{type(error).__name__}: {error}"
 
 
@@ -197,8 +199,7 @@ def _no_reference(images: Mapping[Path, Size], defects: Mapping[Path, Defect]) -
 
 def _reference(file: Path, size: Size, most_side: int) -> Image.Image:
     """The middle of a reference image as it is trained, its sides multiples of `GRANULARITY`."""
-    with Image.open(file) as opened:
-        image = opened.convert("RGB")
+    image = image_files.open_rgb(file)
     if image.size != size:
         image = image.resize(size, Image.Resampling.LANCZOS)
     width, height = (min(side // GRANULARITY * GRANULARITY, most_side) for side in size)

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .. import image_folders
+from .. import image_files, image_folders
 from ..atomic_files import write_whole
 from ..image_quality.detectability import least_timestep, signal_to_noise, stable_diffusion_alphas
 from ..image_quality.measurement import Measurement, as_pixels
@@ -96,7 +96,7 @@ def _trained_size(image: Path, area: int | None) -> tuple[int, int] | None:
     try:
         with Image.open(image) as opened:
             width, height = opened.size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    except image_files.UNREADABLE:
         return None  # measuring it says why
     scale = math.sqrt((area or _LARGEST**2) / (width * height))
     scale = scale if area else min(scale, 1.0)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..image_files import missing_package
 from ..image_quality.measurement import GOOD_JPEG, Measurement
 
 _MOST_ROWS, _MOST_NAME = 40, 44
@@ -136,7 +137,9 @@ def advice(findings: Sequence[Finding]) -> list[str]:
     unreadable = sum(each.measured is None for each in findings)
     bad = sum(each.is_bad for each in findings) - unreadable
     sharp = len(findings) - bad - unreadable
-    said = [f"Repair or remove the {unreadable} images that cannot be read: trainers stop there."] if unreadable else []
+    hint = missing_package(each.file for each in findings if each.measured is None)
+    said = [f"Repair or remove the {unreadable} images that cannot be read: trainers stop there{hint}."]
+    said = said if unreadable else []
     if not bad:
         return [*said, "Nothing is wrong with the others." if unreadable else "Nothing to do: all are of full quality."]
     if not sharp:

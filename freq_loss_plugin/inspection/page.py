@@ -11,6 +11,7 @@ from importlib import resources
 import numpy as np
 from PIL import Image
 
+from .. import image_files
 from ..analysis.figures import timesteps_plot
 from ..image_quality.measurement import as_pixels
 from ..image_quality.spectrum import LEAST_SIDE, fit_power_law
@@ -109,8 +110,7 @@ def _spectrum(finding: Finding, image: Image.Image) -> str:
 def _opened(finding: Finding) -> Image.Image | None:
     if finding.measured is None:
         return None
-    with Image.open(finding.file) as opened:
-        return opened.convert("RGB")
+    return image_files.open_rgb(finding.file)
 
 
 def _data(image: Image.Image) -> str:

@@ -1,0 +1,84 @@
+"""The network module that is wrapped: which one it is, whether it fits the trainer, and what it does not take."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+from freq_loss_plugin import ConfigError, FreqLossConfig
+from freq_loss_plugin.options.fields import nearest
+
+from . import host
+from .trainers import FAMILIES, Family
+
+OWN_NAME = "kohya_patch"
+# Options by which LyCORIS chooses what it trains.
+_LYCORIS = ("algo", "preset", "conv_dim", "conv_alpha", "factor", "decompose_both", "use_tucker", "dora_wd")
+
+
+def load(config: FreqLossConfig, family: Family | None) -> ModuleType:
+    """The wrapped module."""
+    return importlib.import_module(name_of(config, family))
+
+
+def name_of(config: FreqLossConfig, family: Family | None) -> str:
+    """Its name: the one that was given, or the LoRA module of the trainer."""
+    return config.network_module or (family.network_module if family else "networks.lora")
+
+
+def own_args(network_args: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of ``network_args`` that are not options of the loss, but belong to the module."""
+    return {key: value for key, value in network_args.items() if not FreqLossConfig.claims(key)}
+
+
+def ignored_args(module: ModuleType, network_args: Mapping[str, Any]) -> list[str]:
+    """A warning where a module of sd-scripts gets arguments that it never looks at.
+
+    They take any keyword, and read those that they know by name; so a name that is nowhere in the source is not read.
+    """
+    if not module.__name__.startswith("networks."):
+        return []
+    source = inspect.getsource(module)
+    ignored = [key for key in own_args(network_args) if f'"{key}"' not in source and f"'{key}'" not in source]
+    found = []
+    for key in ignored:
+        if key in _LYCORIS:
+            hint = "; it is one of LyCORIS: add freq_loss_network_module=lycoris.kohya (pip install lycoris_lora)"
+        else:
+            meant = nearest(key, list(FreqLossConfig.fields_by_key()), cutoff=0.8)
+            hint = f"; did you mean {meant}?" if meant else ""
+        found.append(f"network_args: {module.__name__} does not know {key}={network_args[key]} and ignores it{hint}")
+    return found
+
+
+def check_name(name: str, family: Family) -> None:
+    """Whether the module is there, and is one for this trainer.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    key = f"freq_loss_network_module = {name!r}"
+    if name.split(".")[0] == OWN_NAME:
+        raise ConfigError(
+            f"{key}: kohya_patch cannot wrap itself; name the module to train, for instance networks.lora"
+        )
+    try:
+        found = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        found = None
+    if found is None:
+        raise ConfigError(
+            f"{key}: no such Python module; expected a network module that sd-scripts can import, for instance "
+            "networks.lora, networks.lora_flux, or lycoris.kohya (pip install lycoris_lora)"
+        )
+    supported = [FAMILIES[trainer] for trainer in host.NETWORK_MODULES.get(name, ())]
+    if supported and family not in supported:
+        raise ConfigError(
+            f"{key}: this trainer is {family.name}, and sd-scripts' module is for "
+            f"{' and '.join(each.name for each in supported)} only; for LoHa and LoKr set freq_loss_network_module = "
+            f"'lycoris.kohya' (pip install lycoris_lora), for LoRA '{family.network_module}'"
+        )
