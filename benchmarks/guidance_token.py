@@ -21,8 +21,8 @@ from PIL import Image
 from torch import Tensor
 
 from freq_loss_plugin.engine import comparison, dataset, settings
+from freq_loss_plugin.engine.outcome import Outcome
 from freq_loss_plugin.engine.run import train as train_lora
-from freq_loss_plugin.engine.trainer import Outcome
 from freq_loss_plugin.guidance_token.extract import Clip, extract
 from freq_loss_plugin.image_folders import find_images
 from freq_loss_plugin.toy_model import model_folder

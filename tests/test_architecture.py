@@ -23,7 +23,7 @@ HEAVY = {
     "diffusers": ["engine", "inspection/cli.py"],
     "transformers": ["engine", "guidance_token/extract.py"],
     "peft": ["engine", "lora/kohya_format.py"],
-    "matplotlib": ["analysis/figures.py"],
+    "matplotlib": ["analysis/figures.py", "analysis/fonts.py"],
 }
 
 

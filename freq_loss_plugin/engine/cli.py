@@ -12,8 +12,8 @@ from ..options.fields import ConfigError
 from . import demo, settings
 from .comparison import FREQUENCY_AWARE, Comparison, Sampling, train_and_compare
 from .dataset import find
+from .outcome import Outcome
 from .run import train
-from .trainer import Outcome
 
 DESCRIPTION = """\
 Trains a LoRA for SD1.x or SD2.x with the frequency loss.

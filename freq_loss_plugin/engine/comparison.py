@@ -15,9 +15,9 @@ from ..options.fields import ConfigError
 from . import plots
 from .dataset import Example, find, load_pixels
 from .model import Model, load
+from .outcome import Outcome
 from .run import train
 from .settings import Settings
-from .trainer import Outcome
 
 # How many training images are read for the spectrum.
 _MAX_IMAGES = 64

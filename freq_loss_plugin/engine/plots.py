@@ -15,7 +15,7 @@ from ..analysis.fonts import fonts, is_drawable
 from ..analysis.spectra import radial_power_spectrum
 from ..atomic_files import write_whole
 from .evaluation import ERROR_TIMESTEPS
-from .trainer import Outcome
+from .outcome import Outcome
 
 
 def comparison(file: Path, rows: Mapping[str, Tensor], prompts: list[str]) -> Path:

@@ -18,10 +18,11 @@ from .captions import too_long
 from .checkpoint import read_state
 from .dataset import DataSet, Example, find, split
 from .model import image_encoder_of, load
+from .outcome import Outcome
 from .quality import survey_images
 from .settings import USE_SD_SCRIPTS, Settings
 from .tracking import tracker_options
-from .trainer import Outcome, Trainer
+from .trainer import Trainer
 
 
 def train(

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,6 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from ..guidance_token import features as clip_features
 from ..lora import kohya_format
 from ..loss.latents import NUM_TRAIN_TIMESTEPS
 from ..loss.sample_weights import min_snr_weights
@@ -45,42 +43,16 @@ from ..training.random_streams import named_generator
 from ..training.term import FrequencyTerm
 from .checkpoint import metadata, write_state
 from .dataset import Batches, DataSet, Example
-from .evaluation import Evaluation, ValidationSet
+from .evaluation import ValidationSet
 from .interrupt import stop_on_signal
 from .model import Model
 from .optimization import make_optimizer
+from .outcome import Outcome
 from .settings import Settings
 from .tracking import Tracking
 
 # Per run, unless validate_every_n_steps is set.
 _EVALUATIONS = 10
-
-
-@dataclass
-class Outcome:
-    """What a run leaves behind.
-
-    Attributes:
-        lora: the LoRA file that was written last.
-        step: optimizer steps done.
-        seconds: duration without loading and encoding.
-        finished: False if the run was interrupted.
-        history: the numbers of every step of this run.
-        evaluations: the losses on validation images, if there are any.
-        errors: on validation images, by band and timestep, before and after training; see `ValidationSet.errors`.
-        model: the model with its trained LoRA layers.
-        features: those for the guidance token; None without one.
-    """
-
-    lora: Path
-    step: int
-    seconds: float
-    finished: bool
-    history: list[StepMetrics]
-    evaluations: list[Evaluation]
-    errors: tuple[Tensor, Tensor]
-    model: Model = field(repr=False)
-    features: clip_features.Features | None = field(repr=False, default=None)
 
 
 class Trainer:
@@ -112,6 +84,7 @@ class Trainer:
         self._started = time.time()
         self._step = 0
         self._saved: tuple[int, Path] | None = None
+        self._errors_before: Tensor | None = None
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a state that `read_state` returned."""
@@ -121,6 +94,7 @@ class Trainer:
         if state["scaler"] is not None:
             self._accelerator.scaler.load_state_dict(state["scaler"])
         self._step = state["step"]
+        self._errors_before = state["errors_before"]
         self._term = self._make_term(first_batch=self._step * self._settings.gradient_accumulation_steps)
         self._term.load_state_dict(state["term"])
         print(f"continuing after step {self._step}")
@@ -136,7 +110,8 @@ class Trainer:
         validation = ValidationSet(held_out, latents, self._pass_at, self._base_loss)
         tracking = Tracking(self._accelerator, settings)
         evaluations = []
-        errors_before = validation.errors(self._loss.bands)
+        if self._errors_before is None:
+            self._errors_before = validation.errors(self._loss.bands)
         start = time.perf_counter()
         every = settings.validate_every_n_steps or max(1, settings.max_train_steps // _EVALUATIONS)
         with stop_on_signal() as stop, self._bar(title) as bar:
@@ -156,7 +131,7 @@ class Trainer:
             print(f"\nstopped after step {self._step} of {settings.max_train_steps}, and saved: {lora}")
             print("continue with the same command and --resume")
         done = [evaluation for evaluation in evaluations if evaluation is not None]
-        errors = errors_before, validation.errors(self._loss.bands)
+        errors = self._errors_before, validation.errors(self._loss.bands)
         return Outcome(
             lora, self._step, seconds, finished, self._history, done, errors, self._model, self._data.features
         )
@@ -297,6 +272,7 @@ class Trainer:
             "schedule": self._schedule.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "term": self._term.state_dict(),
+            "errors_before": self._errors_before,
         }
         write_state(self._settings, self._loss, self._data, state)
         self._saved = self._step, file
