@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import re
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
@@ -16,6 +17,8 @@ from . import host
 from .trainers import FAMILIES, Family
 
 OWN_NAME = "kohya_patch"
+# sd-scripts passes it to every module, whether it knows it or not.
+_PASSED_BY_HOST = "dropout"
 # Options by which LyCORIS chooses what it trains.
 _LYCORIS = ("algo", "preset", "conv_dim", "conv_alpha", "factor", "decompose_both", "use_tucker", "dora_wd")
 
@@ -38,12 +41,14 @@ def own_args(network_args: Mapping[str, Any]) -> dict[str, Any]:
 def ignored_args(module: ModuleType, network_args: Mapping[str, Any]) -> list[str]:
     """A warning where a module of sd-scripts gets arguments that it never looks at.
 
-    They take any keyword, and read those that they know by name; so a name that is nowhere in the source is not read.
+    They take any keyword, and read those that they know by name; so a name that is neither a parameter nor a text in
+    the source is not read.
     """
     if not module.__name__.startswith("networks."):
         return []
-    source = inspect.getsource(module)
-    ignored = [key for key in own_args(network_args) if f'"{key}"' not in source and f"'{key}'" not in source]
+    named = inspect.signature(module.create_network).parameters
+    known = {_PASSED_BY_HOST, *named, *re.findall(r"""["'](\w+)["']""", inspect.getsource(module))}
+    ignored = [key for key in own_args(network_args) if key not in known]
     found = []
     for key in ignored:
         if key in _LYCORIS:

@@ -29,9 +29,9 @@ def main() -> int:
         if not _make(folder):
             return 1
     command = [str(python_of(folder)), "-m", "freq_loss_plugin", "train", *sys.argv[1:]]
-    if os.name == "nt":
-        return subprocess.call(command)
-    os.execv(command[0], command)  # in place of this process, so that Ctrl-C reaches the training alone
+    if os.name != "nt":
+        os.execv(command[0], command)  # in place of this process, so that Ctrl-C reaches the training alone
+    return subprocess.call(command)
 
 
 def python_of(folder: Path, system: str = os.name) -> Path:
