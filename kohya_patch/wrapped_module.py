@@ -11,7 +11,6 @@ from types import ModuleType
 from typing import Any
 
 from freq_loss_plugin import ConfigError, FreqLossConfig
-from freq_loss_plugin.options.fields import nearest
 
 from . import host
 from .trainers import FAMILIES, Family
@@ -51,11 +50,8 @@ def ignored_args(module: ModuleType, network_args: Mapping[str, Any]) -> list[st
     ignored = [key for key in own_args(network_args) if key not in known]
     found = []
     for key in ignored:
-        if key in _LYCORIS:
-            hint = "; it is one of LyCORIS: add freq_loss_network_module=lycoris.kohya (pip install lycoris_lora)"
-        else:
-            meant = nearest(key, list(FreqLossConfig.fields_by_key()), cutoff=0.8)
-            hint = f"; did you mean {meant}?" if meant else ""
+        lycoris = "; it is one of LyCORIS: add freq_loss_network_module=lycoris.kohya (pip install lycoris_lora)"
+        hint = lycoris if key in _LYCORIS else ""
         found.append(f"network_args: {module.__name__} does not know {key}={network_args[key]} and ignores it{hint}")
     return found
 

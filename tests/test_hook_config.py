@@ -71,10 +71,10 @@ def networks_lora(monkeypatch):
 def test_arguments_that_the_wrapped_module_does_not_know_are_named(networks_lora):
     given = {"conv_dim": "4", "dropout": "0.1", "loraplus_lr_ratio": "4", "dist_match": "0.01"}
     assert wrapped_module.ignored_args(networks_lora, given) == []
-    loha, typo = wrapped_module.ignored_args(networks_lora, {**given, "algo": "loha", "freqloss_method": "fft"})
+    loha, typo = wrapped_module.ignored_args(networks_lora, {**given, "algo": "loha", "conv_dimm": "4"})
     assert "networks.lora does not know algo=loha and ignores it" in loha
     assert "freq_loss_network_module=lycoris.kohya" in loha
-    assert "did you mean freq_loss_method?" in typo
+    assert typo == "network_args: networks.lora does not know conv_dimm=4 and ignores it"
 
 
 def test_other_modules_than_those_of_sd_scripts_are_not_judged():
