@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import math
 import re
@@ -19,9 +18,13 @@ from freq_loss_plugin.training.passes import Pass
 
 pytest.importorskip("statsmodels")
 pytest.importorskip("diffusers")
+pytest.importorskip("efficientnet_lite_pytorch")
+pytest.importorskip("resvg_py")
 
+from assets.make_tiny_flow import emoji
 from benchmarks.what_helps import __main__ as command
 from benchmarks.what_helps import arms, images, measures, report, training, trial
+from benchmarks.what_helps.emoji import EmojiWorld
 from benchmarks.what_helps.toy import ToyWorld
 
 FOLDER = Path(report.__file__).parent
@@ -144,14 +147,7 @@ def test_the_true_images_of_the_toy_world_are_judged_right(style):
     assert ToyWorld(style).judge(torch.rand(12, 3, 128, 128), prompts)["structure"] < 0.6
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("resvg_py") is None or importlib.util.find_spec("efficientnet_lite_pytorch") is None,
-    reason="the packages of the emoji study are not installed",
-)
 def test_the_true_images_of_the_emoji_world_are_judged_right():
-    from assets.make_tiny_flow import emoji
-    from benchmarks.what_helps.emoji import EmojiWorld
-
     if not (emoji.DEFAULT_FOLDER / "openmoji").is_dir():
         pytest.skip("the emoji have not been fetched")
     world = EmojiWorld("twitter")

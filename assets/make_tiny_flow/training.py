@@ -8,13 +8,15 @@ import numpy as np
 import torch
 from make_tiny_sd.stage import Stage
 from make_tiny_sd.tokenizer import load_or_make_tokenizer
+from more_itertools import chunked
 from PIL import Image
 from torch import Tensor
 
 from . import emoji
+from .features import features_of
 from .model import FOLDER, SIDE, TEXT_LENGTH, TinyFlow, load, make_vae
 
-VAE_BATCH, FLOW_BATCH = 6, 32
+VAE_BATCH, FLOW_BATCH, SAMPLES = 6, 32, 96
 UNCONDITIONAL = 0.1
 
 
@@ -75,23 +77,24 @@ def train_flow(options: argparse.Namespace, device: torch.device) -> None:
 
 
 def evaluate(options: argparse.Namespace, device: torch.device) -> None:
-    """Print PSNR in all styles, and draw a sheet of samples below the images with the same captions."""
+    """Print PSNR in all styles and how many samples look like their concept; draw a sheet of samples."""
     folder, model = emoji.fetch(options.emoji), load().to(device)
     concepts = emoji.concepts(folder)
     for style in emoji.STYLES:
         pixels = _as_pixels(emoji.images(folder, concepts[:64], style))
         mse = (model.decode(model.encode(pixels)) - pixels).square().mean(dim=(1, 2, 3))
         print(f"{style}: {(-10 * mse.log10()).mean():.1f} dB")
-    shown = concepts[:32]
-    noise = torch.randn(len(shown), 4, 16, 16, generator=torch.Generator().manual_seed(0)).to(device)
-    sampled = model.decode(model.sample([concept.name for concept in shown], noise)).permute(0, 2, 3, 1).numpy()
-    drawn = emoji.images(folder, shown, "google")
-    rows = [
-        np.concatenate(list(some), axis=1)
-        for half in (slice(16), slice(16, 32))
-        for some in (drawn[half], sampled[half])
-    ]
-    Image.fromarray((np.concatenate(rows) * 255).round().astype(np.uint8)).save(FOLDER / "samples.png", optimize=True)
+    noise = torch.randn(SAMPLES, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    names = [concept.name for concept in concepts[:SAMPLES]]
+    parts = zip(chunked(names, 32), noise.split(32), strict=True)
+    sampled = torch.cat([model.decode(model.sample(some, part.to(device))) for some, part in parts])
+    drawn = _pixels(options)
+    nearest = torch.cdist(features_of(sampled), features_of(drawn)).argmin(dim=1)
+    right = (nearest == torch.arange(SAMPLES)).float().mean()
+    print(f"nearest to their own concept: {right:.0%} of {SAMPLES} samples (chance {1 / len(drawn):.1%})")
+    rows = [torch.cat(list(images[half]), dim=2) for half in (slice(16), slice(16, 32)) for images in (drawn, sampled)]
+    sheet = (torch.cat(rows, dim=1).permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
+    Image.fromarray(sheet).save(FOLDER / "samples.png", optimize=True)
 
 
 def _pixels(options: argparse.Namespace) -> Tensor:

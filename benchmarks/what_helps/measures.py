@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from assets.make_tiny_flow.features import features_of
 from freq_loss_plugin.analysis.spectra import compare_spectra
 from freq_loss_plugin.loss.params import BandSpec
 
-from .features import features_of
 from .world import Captioned, Trainee, World
 
 PROMPTS, REAL = 24, 256

