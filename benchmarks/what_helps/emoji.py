@@ -69,15 +69,17 @@ class EmojiWorld:
 
         Structure: the fraction of samples whose features are nearest to the true image of their own caption, of all
         prompts. Style: the fraction whose features are nearer to that image than to the same concept as the base model
-        draws it. Background: the fraction of white pixels along the border, relative to the true images'.
+        draws it. Background: 1 minus the mean difference of the fraction of white pixels along
+        the border from that of the true image.
         """
-        ours, true = features_of(samples), features_of(torch.stack([each.pixels for each in prompts]))
+        true_images = torch.stack([each.pixels for each in prompts])
+        ours, true = features_of(samples), features_of(true_images)
         base = features_of(torch.stack([each.pixels for each in EmojiWorld("google").prompts(len(prompts))]))
         nearest = torch.cdist(ours, true).argmin(dim=1)
         is_nearer = (ours - true).norm(dim=1) < (ours - base).norm(dim=1)
         return {
             "structure": float((nearest == torch.arange(len(ours))).float().mean()),
-            "background": _white_border(samples) / _white_border(torch.stack([each.pixels for each in prompts])),
+            "background": 1 - float((_white_border(samples) - _white_border(true_images)).abs().mean()),
             "style": float(is_nearer.float().mean()),
         }
 
@@ -141,9 +143,10 @@ class EmojiTrainee:
         return self._text[caption]
 
 
-def _white_border(images: Tensor) -> float:
+def _white_border(images: Tensor) -> Tensor:
+    """Fractions, shape (n,)."""
     white = (images > 0.9).all(dim=1)
-    return float(torch.cat([white[:, 0], white[:, -1], white[:, :, 0], white[:, :, -1]], dim=1).float().mean())
+    return torch.cat([white[:, 0], white[:, -1], white[:, :, 0], white[:, :, -1]], dim=1).float().mean(dim=1)
 
 
 @lru_cache(maxsize=1)
