@@ -26,7 +26,7 @@ def same(first: Any, second: Any) -> bool:
     if isinstance(first, list):
         return len(first) == len(second) and all(map(same, first, second))
     if isinstance(first, torch.Tensor):
-        return first.dtype == second.dtype and torch.equal(first.float(), second.float())
+        return first.dtype == second.dtype and torch.equal(first.nan_to_num(7.0), second.nan_to_num(7.0))
     return first == second
 
 
