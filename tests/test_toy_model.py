@@ -80,7 +80,7 @@ def test_it_draws_what_captions_say(pipeline):
         output_type="np",
     ).images
     measured = [measure(image) for image in sampled]
-    at_least = {"shape": 0.8, "color": 0.9, "position": 0.4, "background": 0.8, "texture": 0.7}
+    at_least = {"shape": 0.8, "color": 0.9, "position": 0.8, "background": 0.8, "texture": 0.7}
     for name, fraction in at_least.items():
         right = np.mean([words[name] == getattr(scene, name) for words, scene in zip(measured, scenes, strict=True)])
         assert right >= fraction, name
