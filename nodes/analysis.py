@@ -24,7 +24,15 @@ from ..freq_loss_plugin.loss.bands import Method
 from ..freq_loss_plugin.loss.matching import band_error_maps, frequency_matching_loss
 from ..freq_loss_plugin.loss.params import BandSpec, LossSpec
 from .formats import ALREADY_SCALED, AUTO, describe_colors, format_input, latent_to_rgb, select_format, to_model_scale
-from .inputs import CancelableProgress, band_inputs, describe_bands, image_tensor, latent_tensor, node_output
+from .inputs import (
+    CancelableProgress,
+    band_inputs,
+    check_finite,
+    describe_bands,
+    image_tensor,
+    latent_tensor,
+    node_output,
+)
 from .schema import schema, widget
 
 # Latents (B, C, H, W) to images (B, 3, H, W), 0..1.
@@ -181,8 +189,9 @@ class SpectrumCompare(io.ComfyNode):
             )
         to_tensor = latent_tensor if isinstance(a, dict) else image_tensor
         sets = to_tensor(a, "a"), to_tensor(b, "b")
-        for tensor in sets:
+        for tensor, name in zip(sets, "ab", strict=True):
             bands.check_size(*tensor.shape[-2:])
+            check_finite(tensor, name)
         progress = CancelableProgress(sum(map(_image_count, sets)))
         comparison = compare_spectra(*sets, bands, on_image=progress.step)
         plot = spectrum_plot(comparison, describe_bands(bands)).unsqueeze(0)
@@ -263,4 +272,5 @@ class BandLoss(io.ComfyNode):
 
 def _in_model_scale(latent: dict, name: str, format_choice: str) -> Tensor:
     samples = latent_tensor(latent, name)
+    check_finite(samples, name)
     return to_model_scale(samples, select_format(format_choice, samples))

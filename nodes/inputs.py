@@ -99,10 +99,24 @@ def image_tensor(image: Tensor, name: str) -> Tensor:
     """
     if not isinstance(image, Tensor) or image.ndim != 4:
         actual = f"shape {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
-        raise ValueError(f"{name} has {actual}: expected an IMAGE of shape (B, H, W, C)")
+        mask = "; a MASK becomes one with Convert Mask to Image" if getattr(image, "ndim", 0) == 3 else ""
+        raise ValueError(f"{name} has {actual}: expected an IMAGE of shape (B, H, W, C){mask}")
     _check_not_empty(image, name)
     images = image.movedim(-1, 1)[:, :3]
     return images if images.shape[1] == 3 else images[:, :1].expand(-1, 3, -1, -1)
+
+
+def check_finite(tensor: Tensor, name: str) -> None:
+    """Check that there is something to measure.
+
+    Raises:
+        ValueError: there is a NaN or an infinite value.
+    """
+    if not tensor.isfinite().all():
+        raise ValueError(
+            f"{name} holds NaN or infinite values, of which nothing can be measured: a VAE or a model that overflowed "
+            "in fp16, often; start ComfyUI with --bf16-vae or --fp32-vae, or look at what comes before"
+        )
 
 
 def _check_not_empty(tensor: Tensor, name: str) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..freq_loss_plugin.analysis.figures import law_plot, new_figure
 from ..freq_loss_plugin.image_quality.measurement import Measurement, as_pixels, measure_image
 from ..freq_loss_plugin.image_quality.spectrum import LEAST_SIDE, fit_power_law
-from .inputs import CancelableProgress, image_tensor, node_output
+from .inputs import CancelableProgress, check_finite, image_tensor, node_output
 from .schema import schema
 
 
@@ -47,6 +47,7 @@ class ImageQuality(io.ComfyNode):
         """Measure one image after the other."""
         new_figure(1, 1)  # fails now where matplotlib is missing, and not after the work
         tensor = image_tensor(images, "images")
+        check_finite(tensor, "images")
         progress = CancelableProgress(len(tensor))
         measured, plots = [], []
         for number, item in enumerate(tensor, 1):

@@ -323,3 +323,35 @@ def test_the_guidance_token_is_put_where_training_put_it(nodes):
     assert both.startswith("ValueError: both image and lora_name = guided.safetensors are given")
     assert unguided.startswith("LoraFileError: plain.safetensors has no mean of its training images")
     assert wide.startswith("ValueError: the features are 768 wide, and this prompt's tokens 2048")
+
+
+def test_what_people_really_connect(nodes):
+    """Each once looked at by hand: what can be measured is, and the rest says what it is."""
+    images = {
+        "with an alpha channel": torch.rand(1, 64, 64, 4),
+        "gray": torch.rand(1, 64, 64, 1),
+        "half": torch.rand(1, 64, 64, 3).half(),
+        "beyond white": torch.rand(1, 64, 64, 3) * 4 - 2,
+        "of one color": torch.zeros(1, 64, 64, 3),
+        "not contiguous": torch.rand(1, 3, 64, 65).permute(0, 2, 3, 1),
+    }
+    preview = {"latent_format": "auto", "frame": 0, "panel_size": 128, **BANDS}
+    for name, image in images.items():
+        answers = nodes(
+            ("FreqLoss_BandPreview", {"source": image, **preview}),
+            ("FreqLoss_ImageQuality", {"images": image}),
+            ("FreqLoss_SpectrumCompare", {"a": image, "b": torch.rand(3, 96, 128, 3), **BANDS}),
+        )
+        assert not any(isinstance(answer, str) for answer in answers), (name, answers)
+        assert all(torch.isfinite(answer[0]).all() for answer in answers if torch.is_tensor(answer[0])), name
+    mask, broken, broken_latent = nodes(
+        ("FreqLoss_ImageQuality", {"images": torch.rand(1, 64, 64)}),
+        ("FreqLoss_ImageQuality", {"images": torch.full((1, 64, 64, 3), float("nan"))}),
+        (
+            "FreqLoss_SpectrumCompare",
+            {"a": latent(1, 4, 8, 8), "b": {"samples": torch.full((1, 4, 8, 8), float("inf"))}, **BANDS},
+        ),
+    )
+    assert "a MASK becomes one with Convert Mask to Image" in mask
+    assert broken.startswith("ValueError: images holds NaN or infinite values")
+    assert broken_latent.startswith("ValueError: b holds NaN or infinite values")

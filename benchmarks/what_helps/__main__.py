@@ -17,13 +17,11 @@ import argparse
 import csv
 import os
 import sys
-import warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from . import report, trial
@@ -66,15 +64,9 @@ def _run_all(options: argparse.Namespace) -> None:
     # Trials side by side, with one thread each, use a machine better than threads do.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
-        waiting = [pool.submit(_work, each, options.output, options.device) for each in trials]
+        waiting = [pool.submit(trial.run_alone, each, options.output, options.device) for each in trials]
         for ended in tqdm(as_completed(waiting), total=len(waiting), file=sys.stdout):
             _append(ended.result(), file)
-
-
-def _work(each: trial.Trial, folder: Path, device: str) -> dict[str, Any]:
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")
-    return trial.run(each, folder, device)
 
 
 def _append(row: dict[str, Any], file: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -120,6 +121,13 @@ def run(trial: Trial, folder: Path, device: str) -> dict[str, Any]:
     row: dict[str, Any] = dict(zip(("arm", "images", "defect", "seed", "rate"), trial.key, strict=True))
     row |= run_study(trial, arm, folder, device)
     return row | {"seconds": f"{time.perf_counter() - start:.0f}"}
+
+
+def run_alone(trial: Trial, folder: Path, device: str) -> dict[str, Any]:
+    """The same in a process of its own, with one thread."""
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    return run(trial, folder, device)
 
 
 def _run_style(trial: Trial, arm: Arm, folder: Path, device: str) -> dict[str, str]:
