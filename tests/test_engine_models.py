@@ -59,3 +59,16 @@ def model_index(folder, kind):
 def test_flags_that_contradict_the_model_are_refused(make_settings):
     with pytest.raises(ConfigError, match=r"v_parameterization = true.*'epsilon'.*v_parameterization = false"):
         model.load(make_settings(v_parameterization=True), torch.device("cpu"))
+
+
+def test_of_a_single_file_the_users_word_on_the_prediction_counts(make_settings, tmp_path):
+    """It says nothing of it itself, and diffusers takes an SD1.x for epsilon."""
+    from freq_loss_plugin.toy_model import model_folder
+
+    pipeline = model._load_pipeline(str(model_folder()))
+    assert pipeline.scheduler.config.get("prediction_type", "epsilon") == "epsilon"
+    file = empty(tmp_path / "v_prediction.safetensors")
+    settings = make_settings(pretrained_model_name_or_path=str(file), v_parameterization=True)
+    model._check(pipeline, settings)
+    with pytest.raises(ConfigError, match="v_parameterization"):
+        model._check(pipeline, make_settings(v_parameterization=True))
