@@ -17,6 +17,8 @@ from .schema import widget
 
 _FOLDER = "loras"
 _EXTENSIONS = (".safetensors", ".sft")
+# What a node says whose strengths are 0: it is switched off, whatever the file.
+SWITCHED_OFF = "not applied: the strengths are 0"
 
 
 class LoraFileNode(io.ComfyNode):

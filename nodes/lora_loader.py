@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from . import core
 from .inputs import log, node_output
-from .lora_files import LoraFileNode, load_lora, lora_input
+from .lora_files import SWITCHED_OFF, LoraFileNode, load_lora, lora_input, read_header
 from .lora_fit import apply_lora, check_fit
 from .schema import schema, widget
 
@@ -50,6 +50,9 @@ class LoraLoader(LoraFileNode):
     ) -> io.NodeOutput:
         """Read the header, check the fit, then let core apply it."""
         core.require(core.LORA, "Load LoRA with Training Info")
+        if strength_model == strength_clip == 0:
+            info = f"{SWITCHED_OFF}\n{read_header(lora_name).describe()}"
+            return node_output(cls, model, clip, info, text=info)
         lora, weights = load_lora(lora_name)
         fit = check_fit(lora, weights, model, clip)
         for warning in fit.warnings:

@@ -42,6 +42,34 @@ def test_the_loader_without_a_text_encoder(sample):
     )
 
 
+def test_strengths_of_zero_switch_a_node_off_even_for_a_lora_that_does_not_fit(comfyui_server, sample):
+    bare, _ = sample(sampling(["checkpoint", 0]))
+    name = "絵柄/モデル別/スタイル ♥.safetensors"  # in folders, and in no Latin script
+    file = comfyui_server.folder / "models" / "loras" / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(sdxl_lora(), file)
+    off = loader(0.0, 0.0, name=name, clip=["checkpoint", 1])
+    made, shown = sample(sampling(["lora", 0], ["lora", 1], lora=off))
+    assert torch.equal(made, bare)
+    assert shown["lora"]["text"][0].startswith("not applied: the strengths are 0\n")
+    gated = gate(0.0, 0.0)
+    gated["inputs"]["lora_name"] = name
+    made, shown = sample(sampling(["lora", 0], lora=gated))
+    assert torch.equal(made, bare)
+    assert shown["lora"]["text"] == ["not applied: the strengths are 0"]
+
+
+def test_a_lora_in_a_subfolder_with_a_name_in_any_script(comfyui_server, trained, sample):
+    name = "絵柄/스타일 ñ.safetensors"
+    file = comfyui_server.folder / "models" / "loras" / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(trained.lora.read_bytes())
+    expected, _ = sample(sampling(["lora", 0], lora=loader(1.0)))
+    made, shown = sample(sampling(["lora", 0], lora=loader(1.0, name=name)))
+    assert torch.equal(made, expected)
+    assert shown["lora"]["text"][0].startswith("applied: 192 of 192")
+
+
 # -- files that are no LoRA for this model -----------------------------------------------------------------------------
 
 

@@ -168,15 +168,21 @@ def test_the_command_line_takes_precedence_and_other_arguments_reach_the_wrapped
     assert any("resnets_0_conv1" in name for name in run.lora)
 
 
-def test_another_network_module_is_wrapped(sd_scripts, tmp_path):
+@pytest.mark.parametrize("named_by", ["option", "toml"])
+def test_another_network_module_is_wrapped(sd_scripts, tmp_path, named_by):
+    """Named by the option, or by the TOML of a GUI, where the command line replaces it by ours."""
     pytest.importorskip("lycoris")
+    option = {"freq_loss_network_module": "lycoris.kohya"} if named_by == "option" else {}
+    toml = {} if named_by == "option" else {"network_module": "lycoris.kohya"}
     run = sd_scripts.train(
         tmp_path,
+        *([] if named_by == "option" else ["--network_module", "kohya_patch"]),
         "--network_args",
         "algo=loha",
         "preset=attn-only",
-        freq_loss={"dist_match": 0.01, "freq_loss_network_module": "lycoris.kohya"},
+        freq_loss={"dist_match": 0.01, **option},
         max_train_steps=2,
+        **toml,
     )
     assert run.returncode == 0, run.output
     assert any("hada_w1_a" in name for name in run.lora)
