@@ -6,6 +6,7 @@ import argparse
 
 import numpy as np
 import torch
+from make_tiny_sd.architecture import finish
 from make_tiny_sd.stage import Stage
 from make_tiny_sd.tokenizer import load_or_make_tokenizer
 from more_itertools import chunked
@@ -74,6 +75,7 @@ def train_flow(options: argparse.Namespace, device: torch.device) -> None:
 
     stage.run(loss_of_step)
     model.save()
+    finish(FOLDER)
 
 
 def evaluate(options: argparse.Namespace, device: torch.device) -> None:

@@ -117,7 +117,12 @@ def save_pipeline(
         requires_safety_checker=False,
     )
     pipeline.to(dtype=torch.float16).save_pretrained(folder, safe_serialization=True)
-    for file in folder.rglob("*.json"):  # a path of this machine does not belong in a published model
+    finish(folder)
+
+
+def finish(folder: Path) -> None:
+    """Remove paths of this machine, which do not belong in a published model, and print its size."""
+    for file in folder.rglob("*.json"):
         content = json.loads(file.read_text(encoding="utf-8"))
         if content.pop("_name_or_path", None) is not None:
             file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
