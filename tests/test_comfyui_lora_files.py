@@ -44,7 +44,8 @@ def test_the_loader_without_a_text_encoder(sample):
 
 def test_strengths_of_zero_switch_a_node_off_even_for_a_lora_that_does_not_fit(comfyui_server, sample):
     bare, _ = sample(sampling(["checkpoint", 0]))
-    name = "絵柄/モデル別/スタイル ♥.safetensors"  # in folders, and in no Latin script
+    # In folders, and in no Latin script.
+    name = "\u7d75\u67c4/\u30e2\u30c7\u30eb\u5225/\u30b9\u30bf\u30a4\u30eb \u2665.safetensors"
     file = comfyui_server.folder / "models" / "loras" / name
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file(sdxl_lora(), file)
@@ -60,7 +61,7 @@ def test_strengths_of_zero_switch_a_node_off_even_for_a_lora_that_does_not_fit(c
 
 
 def test_a_lora_in_a_subfolder_with_a_name_in_any_script(comfyui_server, trained, sample):
-    name = "絵柄/스타일 ñ.safetensors"
+    name = "\u7d75\u67c4/\uc2a4\ud0c0\uc77c \u00f1.safetensors"
     file = comfyui_server.folder / "models" / "loras" / name
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(trained.lora.read_bytes())

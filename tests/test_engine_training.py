@@ -164,7 +164,7 @@ def test_bf16_gradient_checkpointing_and_logs(make_settings, tmp_path):
     )
     outcome = run.train(run_settings, ON)
     assert {tensor.dtype for tensor in load_lora(outcome.lora).values()} == {torch.bfloat16}
-    accumulator = EventAccumulator(str(tmp_path / "logs" / "lora"))
+    accumulator = EventAccumulator(str(next((tmp_path / "logs" / "lora").iterdir())))
     accumulator.Reload()
     for name, values in (("loss/freq_low", "low"), ("loss/freq_fraction", "fraction")):
         logged = [event.value for event in accumulator.Scalars(name)]

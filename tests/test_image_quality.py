@@ -261,8 +261,14 @@ def test_an_image_that_could_never_train_is_an_error(encode, tmp_path):
         survey(images, FreqLossConfig(image_quality="auto"), encode, SNR, end=500)
 
 
+def with_alpha(image, alpha):
+    image.putalpha(alpha)
+    return image
+
+
 ODD = {
-    "transparent": (lambda: scene(1).convert("RGBA"), "transparent"),
+    "transparent": (lambda: with_alpha(scene(1), 254), "transparent"),
+    "opaque": (lambda: with_alpha(scene(1), 255), None),
     "grey": (lambda: scene(1).convert("L"), "grey: its noise is not known"),
     "one color": (lambda: Image.new("RGB", (128, 128), "red"), "one color: nothing to measure, taken as good"),
     "small": (lambda: scene(1).resize((40, 40)), "40×40 pixels are too few to measure, taken as good"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch.nn import Linear
 
 pytest.importorskip("diffusers")
@@ -23,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "assets"))
 from make_tiny_sd import architecture, autoencoder, evaluation, image_encoder, images, stage, tokenizer, unet
 
 from freq_loss_plugin.guidance_token.extract import Clip
+from freq_loss_plugin.toy_model import model_folder
 from freq_loss_plugin.toy_model.scenes import CAPTIONED, random_scene
 
 pytestmark = pytest.mark.filterwarnings("default")  # diffusers' and transformers' own
@@ -146,7 +149,7 @@ def test_the_learning_rate_rises_and_falls_to_0(tmp_path):
 
 def test_all_stages_in_order(tmp_path, capsys):
     output = tmp_path / "tiny_sd"
-    options = argparse.Namespace(output=output, work=tmp_path / "work", steps=2, images=32, samples=2)
+    options = argparse.Namespace(output=output, work=tmp_path / "work", steps=2, images=32, samples=2, start=None)
     with pytest.raises(SystemExit, match="run the stage vae first"):
         unet.train_unet(options, CPU)
     autoencoder.train_vae(options, CPU)
@@ -172,6 +175,21 @@ def test_all_stages_in_order(tmp_path, capsys):
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline("a red circle", height=128, width=128, num_inference_steps=2).images[0].size == (128, 128)
     assert sum(file.stat().st_size for file in output.rglob("*") if file.is_file()) < 16e6
+
+
+def test_a_unet_goes_on_from_a_finished_model(tmp_path, monkeypatch):
+    output = tmp_path / "tiny_sd"
+    shutil.copytree(model_folder(), output)
+    options = argparse.Namespace(output=output, work=tmp_path, steps=1, images=16, samples=0, start=model_folder())
+    monkeypatch.setattr(stage, "WARMUP", 10**6)  # the first step moves nothing
+    unet.train_unet(options, CPU)
+    for part in ("unet", "text_encoder"):
+        (before,) = (model_folder() / part).glob("*.safetensors")
+        (after,) = (output / part).glob("*.safetensors")
+        shipped, saved = load_file(before), load_file(after)
+        assert shipped.keys() == saved.keys()
+        for name, tensor in shipped.items():
+            torch.testing.assert_close(saved[name], tensor, rtol=1e-3, atol=1e-3)
 
 
 def test_the_command_names_the_stages_that_come_first(tmp_path):

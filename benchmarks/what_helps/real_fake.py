@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn import Conv2d, Linear
 
 from assets.make_tiny_flow import emoji
 
@@ -98,8 +99,8 @@ def accuracy(pixels: Tensor, labels: Tensor, task: Task, style: str, seed: int) 
 def _network() -> nn.Module:
     layers: list[nn.Module] = []
     for before, after in ((3, 32), (32, 64), (64, 128)):
-        layers += [nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU(), nn.MaxPool2d(2)]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Dropout(0.3), nn.Linear(512, CLASSES))
+        layers += [Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Dropout(0.3), Linear(512, CLASSES))
 
 
 def _reduced(pixels: Tensor) -> Tensor:
