@@ -26,7 +26,7 @@ from .world import World
 TOY, EMOJI = ("frames", "weave"), ("twitter", "line art")
 STEPS, REAL_FAKE_STEPS = 120, 300
 IMAGES_PER_CLASS = (8, 16)
-RATES = (1e-3, 2e-3, 4e-3)
+RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 # Learning rates are chosen on seeds of their own, one for each style of a model.
 RATE_SEEDS, SHAM_SEEDS = (900, 901), 2
 _NO_DEFECT = "none"
