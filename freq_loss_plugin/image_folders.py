@@ -15,6 +15,8 @@ from .options.files import load_toml, read_text
 from .options.parsing import flatten
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl")
+# Images that sd-scripts does not see.
+_OTHER_ENDINGS = (".gif", ".heic", ".heif", ".jfif", ".jp2", ".psd", ".svg", ".tif", ".tiff")
 # The options of sd-scripts that name the images.
 SOURCES = ("train_data_dir", "reg_data_dir", "dataset_config", "in_json")
 
@@ -82,8 +84,13 @@ def find_images(
 
 
 def of_folder(folder: Path) -> list[Path]:
-    """The images directly in a folder, sorted by name."""
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS)
+    """The images directly in a folder, sorted by name; hidden files, like those of macOS, are none."""
+    return _with_ending(folder, ENDINGS)
+
+
+def left_out(folder: Path) -> list[Path]:
+    """Images directly in a folder whose formats sd-scripts does not read."""
+    return _with_ending(folder, _OTHER_ENDINGS)
 
 
 def repeated(root: Path) -> dict[Path, tuple[int, str]]:
@@ -94,6 +101,10 @@ def repeated(root: Path) -> dict[Path, tuple[int, str]]:
         if match and int(match.group(1)) > 0:
             folders[folder] = int(match.group(1)), match.group(2) or ""
     return folders
+
+
+def _with_ending(folder: Path, endings: tuple[str, ...]) -> list[Path]:
+    return sorted(path for path in folder.glob("[!.]*") if path.suffix.lower() in endings)
 
 
 def _from_folders(key: str, root: Path) -> list[Path]:

@@ -67,20 +67,19 @@ def test_pixels_cover_the_size_and_are_center_cropped(tmp_path):
 
 
 @pytest.mark.sd_scripts
-def test_buckets_are_those_of_sd_scripts(make_settings, monkeypatch):
+@pytest.mark.parametrize("limits", [{}, {"min_bucket_reso": 300, "max_bucket_reso": 700}], ids=["default", "odd"])
+def test_buckets_are_those_of_sd_scripts(make_settings, monkeypatch, limits):
     import hosts
 
     monkeypatch.syspath_prepend(str(hosts.sd_scripts()))
-    from library.train_util import BucketManager
+    from library.train_util import BaseDataset, BucketManager
 
-    run_settings = make_settings(resolution="512,512", enable_bucket=True)
-    manager = BucketManager(
-        False,
-        run_settings.size,
-        run_settings.min_bucket_reso,
-        run_settings.max_bucket_reso,
-        run_settings.bucket_reso_steps,
+    run_settings = make_settings(resolution="512,512", enable_bucket=True, **limits)
+    step = run_settings.bucket_reso_steps
+    adjusted = BaseDataset.adjust_min_max_bucket_reso_by_steps(
+        None, run_settings.size, run_settings.min_bucket_reso, run_settings.max_bucket_reso, step
     )
+    manager = BucketManager(False, run_settings.size, *adjusted, step)
     manager.make_buckets()
     generator = np.random.default_rng(0)
     for width, height in generator.integers(64, 3000, size=(300, 2)).tolist():

@@ -246,6 +246,16 @@ def test_every_mode_of_pillow_becomes_rgb(mode):
     assert converted.size == (8, 8)
 
 
+def test_files_that_sd_scripts_does_not_see_are_left_out_and_named(photos):
+    before = [example.file for example in dataset.find(read(photos)).examples]
+    Image.new("RGB", (64, 64)).save(photos / "scan.TIF")
+    (photos / "IMG_0001.HEIC").write_bytes(b"from a phone")
+    (photos / "._0.png").write_bytes(b"written by macOS beside every file")
+    data = dataset.find(read(photos))
+    assert [example.file for example in data.examples] == before
+    assert any("2 images, left out" in text and "IMG_0001.HEIC" in text for text in data.warnings)
+
+
 def test_a_format_whose_package_is_missing_is_named(photos, monkeypatch):
     (photos / "0.jxl").write_bytes(b"\xff\x0a not really")
     monkeypatch.setattr(Image, "registered_extensions", lambda: {".png": "PNG"})

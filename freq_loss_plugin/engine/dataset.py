@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .. import image_files
 from ..guidance_token.features import Features
-from ..image_folders import ENDINGS, of_folder, repeated
+from ..image_folders import ENDINGS, left_out, of_folder, repeated
 from ..image_quality.survey import Survey
 from ..options.fields import ConfigError
 from .captions import Caption, read_caption
@@ -31,6 +31,7 @@ from .settings import Settings
 
 # How many file names an error or a warning lists.
 _MAX_LISTED = 10
+_LEFT_OUT = "left out, since sd-scripts does not read their format; save them as PNG"
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,8 @@ def find(settings: Settings) -> DataSet:
     ignored = sorted(path.name for path in root.iterdir() if path.is_dir() and path not in folders)
     fallback = f"no caption file (*{settings.caption_extension}): the name of the folder is the caption"
     for folder, (repeats, name) in folders.items():
+        for file in left_out(folder):
+            noted[_LEFT_OUT].append(file)
         for file in of_folder(folder):
             opened = _open(file)
             if opened is None:
@@ -161,9 +164,9 @@ def bucket(image: tuple[int, int], settings: Settings) -> tuple[int, int]:
 
 def _buckets(settings: Settings) -> list[tuple[int, int]]:
     area, step = settings.size[0] * settings.size[1], settings.bucket_reso_steps
-    sides = range(settings.min_bucket_reso, settings.max_bucket_reso + 1, step)
-    buckets = {(side, min(settings.max_bucket_reso, area // side // step * step)) for side in sides}
-    buckets = {size for size in buckets if size[1] >= settings.min_bucket_reso}
+    least, most = settings.min_bucket_reso // step * step or step, -(-settings.max_bucket_reso // step) * step
+    buckets = {(side, min(most, area // side // step * step)) for side in range(least, most + 1, step)}
+    buckets = {size for size in buckets if size[1] >= least}
     square = int(area**0.5) // step * step
     buckets |= {(height, width) for width, height in buckets} | {(square, square)}
     return sorted(size for size in buckets if size[1] > 0)

@@ -146,14 +146,8 @@ class Settings:
         for name in ("save_every_n_steps", "validate_every_n_steps", "clip_skip"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise wrong_value(self, name, "a whole number >= 1; leave it out for none")
-        for name in (
-            "learning_rate",
-            "unet_lr",
-            "text_encoder_lr",
-            "max_grad_norm",
-            "lr_warmup_steps",
-            "network_alpha",
-        ):
+        rates = ("learning_rate", "unet_lr", "text_encoder_lr")
+        for name in (*rates, "max_grad_norm", "lr_warmup_steps", "network_alpha"):
             if not 0 <= _or(getattr(self, name), 0) < math.inf:
                 raise wrong_value(self, name, "a finite number >= 0")
         if not 0 < _or(self.min_snr_gamma, 1) < math.inf:
@@ -174,9 +168,16 @@ class Settings:
             raise wrong_value(self, "bucket_reso_steps", "a multiple of 8, the factor of the VAE")
         if not any(self.learning_rates):
             raise ConfigError("every learning rate is 0, so nothing would be trained; set learning_rate")
-        _ = self.size  # raises where resolution is no size
+        least, most = min(self.size), max(self.size)
+        if self.enable_bucket and not self.min_bucket_reso <= least <= most <= self.max_bucket_reso:
+            raise ConfigError(
+                f"resolution = {self.resolution} is not between min_bucket_reso = {self.min_bucket_reso} and "
+                f"max_bucket_reso = {self.max_bucket_reso}"
+            )
 
     def _check_paths(self) -> None:
+        if not self.output_name:
+            raise wrong_value(self, "output_name", "a name for the LoRA file, like 'my_lora'")
         for name, example in (("pretrained_model_name_or_path", "sd15.safetensors"), ("train_data_dir", "photos")):
             if not getattr(self, name):
                 raise ConfigError(f'{name} is missing: write {name} = "{example}" into the TOML')
