@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..freq_loss_plugin.guidance_token.features import CLIP_KEY, replace_last_token, stored_mean
 from ..freq_loss_plugin.lora.metadata import LoraFileError
-from .inputs import node_output
+from .inputs import check_finite, node_output
 from .lora_files import LoraFileNode, lora_names, read_header
 from .schema import schema, widget
 
@@ -56,6 +56,8 @@ class GuidanceToken(LoraFileNode):
             )
         if image is not None and lora_name != NO_LORA:
             raise ValueError(f"both image and lora_name = {lora_name} are given; disconnect image, or choose {NO_LORA}")
+        if strength == 0:
+            return node_output(cls, conditioning, text="not applied: the strength is 0")
         features, source = _image_features(image) if image is not None else _training_mean(lora_name)
         guided = [[_replace_token(states, features, strength), dict(extras)] for states, extras in conditioning]
         return node_output(cls, guided, text=f"{source}, {features.shape[-1]} wide")
@@ -76,6 +78,7 @@ def _image_features(image: Any) -> tuple[Tensor, str]:
     embeds = image["image_embeds"]
     if not isinstance(embeds, Tensor) or embeds.ndim != 2:
         raise ValueError("image holds no projected features; use CLIP Vision Encode with a CLIP vision model")
+    check_finite(embeds, "image")
     return embeds.float().mean(dim=0, keepdim=True), f"features of {len(embeds)} image{'s' * (len(embeds) > 1)}"
 
 
