@@ -207,9 +207,9 @@ def test_samples_during_training_get_the_mean_in_their_prompt_alone(sd_scripts, 
     for states in sampled:
         without, with_prompt = states
         torch.testing.assert_close(with_prompt[-1].float(), mean)
-        assert (without[-1].float() - mean).abs().max() > 0.1
         # The text encoder's weights are random, and sd-scripts' weighing of prompts may make NaN of its words.
-        assert not torch.equal(with_prompt[-2].float(), mean)
+        assert not torch.allclose(without[-1].float(), mean, atol=0.1)
+        assert not torch.allclose(with_prompt[-2].float(), mean, atol=0.1)
 
 
 # -- refused before anything is lost -----------------------------------------------------------------------------------

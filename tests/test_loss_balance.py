@@ -120,11 +120,11 @@ def test_a_resumed_run_has_the_same_weights(mode):
 def test_half_precision_has_the_weights_of_float32():
     exact, half = (LossBalance(FreqLossConfig(balance="band")) for _ in range(2))
     for residual, timesteps in batches(5):
-        rounded = residual.bfloat16()
-        exact.balance(Pass(rounded.float(), torch.zeros_like(residual), timesteps))
-        weighed = half.balance(Pass(rounded, torch.zeros_like(rounded), timesteps))
-        assert weighed.prediction.dtype == torch.bfloat16
-    torch.testing.assert_close(half.weights(), exact.weights())
+        prediction, target = (tensor.bfloat16() for tensor in (residual + 3, torch.full_like(residual, 3)))
+        in_full = exact.balance(Pass(prediction.float(), target.float(), timesteps))
+        in_half = half.balance(Pass(prediction, target, timesteps))
+        assert torch.equal(in_half.prediction, in_full.prediction)  # nothing is rounded once more
+    assert torch.equal(half.weights(), exact.weights())
 
 
 def work(rank, folder):

@@ -51,7 +51,7 @@ class Balanced(NamedTuple):
     """What the base loss is made of.
 
     Attributes:
-        prediction: replaces the model's, and carries its gradient.
+        prediction: replaces the model's, and carries its gradient; in float32 where it is filtered.
         weights: multiply the losses of the samples, shape (B,); None where the prediction has them already.
     """
 
@@ -80,9 +80,11 @@ class LossBalance:
         Args:
             passed: the base pass; its timesteps are on the scale 0..1000, one for each sample.
         """
-        residual = passed.prediction - passed.target
+        dtype = torch.promote_types(passed.prediction.dtype, torch.float32)
+        target = passed.target.to(dtype)
+        residual = passed.prediction.to(dtype) - target
         with autocast(residual.device.type, enabled=False):
-            bands = self._split(residual.to(torch.promote_types(residual.dtype, torch.float32)))
+            bands = self._split(residual)
             bins = self._bins(passed.timesteps, residual)
             self._observe([band.detach() for band in bands], bins, passed.mask)
             table = self.weights()
@@ -94,7 +96,7 @@ class LossBalance:
                 return Balanced(passed.prediction, weights[0])
             roots = weights.sqrt().reshape(len(bands), -1, *[1] * (residual.ndim - 1))
             filtered = sum(root * band for root, band in zip(roots, bands, strict=True))
-            return Balanced((passed.target + filtered).to(passed.prediction.dtype))
+            return Balanced(target + filtered)
 
     def weights(self) -> Tensor:
         """w_b(k), shape (bands, BINS); 1 before the first batch."""
