@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from freq_loss_plugin import FreqLossConfig
-from freq_loss_plugin.engine import settings
+from freq_loss_plugin.engine import demo, settings
 
 OFF = FreqLossConfig(dist_match=0)
 ON = FreqLossConfig(dist_match=0.05)
@@ -26,3 +28,10 @@ def load_lora(file):
 def metadata_of(file):
     with safe_open(file, "pt") as opened:
         return opened.metadata()
+
+
+def quick_demo(monkeypatch):
+    """Let the demo validate and sample less; what takes long there is tested whole by `test_train_script`."""
+    monkeypatch.setattr(demo, "PROMPTS", 2)
+    monkeypatch.setattr(demo, "HELD_OUT", 2)
+    monkeypatch.setattr(demo, "Sampling", functools.partial(demo.Sampling, steps=2))

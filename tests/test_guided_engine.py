@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from engine_runs import quick_demo
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -151,6 +152,7 @@ def test_features_of_another_width_are_refused(run_settings):
 
 
 def test_the_demo_with_a_guidance_token(tmp_path, monkeypatch, capsys):
+    quick_demo(monkeypatch)
     monkeypatch.chdir(tmp_path)
     assert main(["train", "--guidance_token", "true", "--max_train_steps", "1"]) == 0
     assert "guidance_token = 1: on" in capsys.readouterr().out
