@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # its module needs torch, which the Python that runs this may lack
-    from kohya_patch.host_check import Report
+    from kohya_patch.sd_scripts.host_check import Report
 
 ROOT = Path(__file__).resolve().parent
 DISTRIBUTION = "freq-loss-plugin"
@@ -124,7 +124,7 @@ def check_host(path: Path, plugin: Path | None = None) -> Report:
     environment = dict(os.environ)
     if plugin is not None:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(plugin), environment.get("PYTHONPATH"))))
-    command = [sys.executable, "-B", "-W", "ignore", "-m", "kohya_patch.host_check", BASE]
+    command = [sys.executable, "-B", "-W", "ignore", "-m", "kohya_patch.sd_scripts.host_check", BASE]
     done = subprocess.run(command, cwd=path, env=environment, capture_output=True, text=True)
     if done.returncode:
         return {"problems": {BASE: f"the check of {path} failed: {_last_line(done.stderr)}"}, "checks_early": False}
@@ -165,7 +165,7 @@ def _check_installation(path: Path) -> list[str]:
     if _installed_version() is None:
         return ["the plug-in is not installed for this Python; run install.py without --check"]
     code = (
-        "import torch, kohya_patch.network, freq_loss_plugin as f; "
+        "import torch, kohya_patch.sd_scripts.network, freq_loss_plugin as f; "
         "f.frequency_decomposition(torch.randn(1, 4, 8, 8)); print(f.FreqLossConfig().resolved_method)"
     )
     folder = path if path.is_dir() else None

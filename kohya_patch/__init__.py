@@ -22,13 +22,13 @@ def create_network(*arguments: Any, **network_args: Any) -> Any:
         freq_loss_plugin.ConfigError: an option cannot be used as given.
         kohya_patch.host.UnsupportedTrainerError: this sd-scripts lacks what the hook needs.
     """
-    from . import network  # noqa: PLC0415 - see above
+    from .sd_scripts import network  # noqa: PLC0415 - see above
 
     return network.create_network(*arguments, **network_args)
 
 
 def create_network_from_weights(*arguments: Any, **network_args: Any) -> Any:
     """As `create_network`, for a network whose dimensions come from a file. Returns ``(network, weights)``."""
-    from . import network  # noqa: PLC0415 - see above
+    from .sd_scripts import network  # noqa: PLC0415 - see above
 
     return network.create_network_from_weights(*arguments, **network_args)

@@ -1,4 +1,9 @@
-"""The TOML of a run, looked at once more: sd-scripts flattens it into its arguments, and some of it is lost there."""
+"""The options of a run, out of the host's arguments and of its TOML.
+
+The hosts flatten their TOML into their arguments, by which a key of ``[freq_loss]`` that is spelled like nothing known
+is lost among their own, and a network module that the command line replaces by ours is lost, too. So the file is looked
+at once more.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,7 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,10 +20,28 @@ import toml
 
 from freq_loss_plugin import FreqLossConfig
 from freq_loss_plugin.options.keys import SECTION
-from freq_loss_plugin.options.parsing import flatten
+from freq_loss_plugin.options.parsing import flatten, parse_pairs, parse_strings
+
+from .wrapped_module import OWN_NAME
 
 # Keys of other losses that work on wavelets, in forks of sd-scripts and in other trainers.
 _FOREIGN_PREFIX = "wavelet_loss"
+
+
+def read_config(args: argparse.Namespace) -> FreqLossConfig:
+    """The options: the TOML's keys, over which ``network_args`` win.
+
+    Raises:
+        ConfigError: a key or a value cannot be used.
+    """
+    written = read(args)
+    FreqLossConfig.check_section(section(written))
+    own = [item for item in getattr(args, "network_args", None) or [] if FreqLossConfig.claims(item.partition("=")[0])]
+    config = FreqLossConfig.from_mapping({**vars(args), **parse_strings(FreqLossConfig, parse_pairs(own))})
+    module = network_module(written)
+    if config.network_module is None and module not in (None, OWN_NAME):
+        return replace(config, network_module=module)
+    return config
 
 
 def read(args: argparse.Namespace) -> Mapping[str, Any]:
@@ -44,13 +68,13 @@ def foreign_keys(args: argparse.Namespace) -> list[str]:
         return []
     ours = sorted(FreqLossConfig.fields_by_key())[:3]
     return [
-        f"{', '.join(found)}: no option of this plug-in, whose options are {', '.join(ours)}, ...; sd-scripts ignores "
-        "what it does not know without a word. Remove it, unless your sd-scripts is a fork that has such a loss"
+        f"{', '.join(found)}: no option of this plug-in, whose options are {', '.join(ours)}, ...; the trainer ignores "
+        "what it does not know without a word. Remove it, unless your trainer is a fork that has such a loss"
     ]
 
 
 def _path(args: argparse.Namespace) -> Path | None:
-    """sd-scripts accepts the name with and without ``.toml``, and leaves it in its arguments without its last ending.
+    """The hosts accept the name with and without ``.toml``, and leave it in their arguments without its last ending.
 
     So ``my.v1`` is read from ``my.v1.toml`` and becomes ``my``; what was written is still on the command line.
     """

@@ -1,8 +1,9 @@
-"""Everything that is assumed of sd-scripts, in one place, and how an installed version is checked against it.
+"""How a training program is checked before it is changed: its methods, their parameters, and who calls what.
 
-`kohya_patch.network.check` asks for what the chosen options need before any model is loaded; ``install.py`` asks for
-all of it (`kohya_patch.host_check`). Both use the host's own classes. A function is looked up where its caller looks
-it up: replacing it in a module that only re-exports it would have no effect.
+What is assumed of each is in ``host`` of its folder, and the checks use its own classes. A function is looked up where
+its caller looks it up: replacing it in a module that only re-exports it would have no effect.
+
+This module is also imported when Python starts (`kohya_patch.startup`), so it imports nothing large.
 """
 
 from __future__ import annotations
@@ -12,100 +13,80 @@ import inspect
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
-
-WORKING_VERSIONS = (
-    "Tested with the main branch from 2025-03-30 (commit d0b5c0e5) to v0.11.1, and with the dev branch at 37a1cbb; "
-    "v0.9.1 and older have no hook for losses"
-)
-
-# The first thing that every trainer's ``train`` calls, with the training arguments; defined in one of sd-scripts'
-# modules below this package. `kohya_patch.startup` wraps it there.
-FIRST_CALL = "verify_training_args"
-LIBRARY = "library"
-
-# Local variables of ``train``.
-DATASET_GROUPS = ("train_dataset_group", "val_dataset_group")
-
-# Methods that the hook replaces on the running trainer, or relies on, with the parameters that it reads.
-METHODS: Mapping[str, tuple[str, ...]] = {
-    "process_batch": ("batch", "noise_scheduler", "accelerator", "args", "is_train"),
-    "get_noise_pred_and_target": ("args", "latents", "text_encoder_conds", "is_train"),
-    "all_reduce_network": (),
-    "generate_step_logs": (),
-    "update_metadata": ("metadata", "args"),
-    "train": ("args",),
-}
-# What single options need beyond that.
-GUIDANCE_METHODS: Mapping[str, tuple[str, ...]] = {
-    "get_noise_pred_and_target": ("batch",),
-    "sample_images": ("accelerator", "unet"),
-}
-BALANCE_METHODS: Mapping[str, tuple[str, ...]] = {"post_process_loss": ("loss",)}
-VALIDATION_METHODS: Mapping[str, tuple[str, ...]] = {"accelerator_logging": ("accelerator", "logs", "step_value")}
-QUALITY_METHODS: Mapping[str, tuple[str, ...]] = {
-    "encode_images_to_latents": ("args", "vae", "images"),
-    "shift_scale_latents": ("args", "latents"),
-}
-
-# What makes the images of a batch known: attributes of a data set, names that its ``__getitem__`` uses with them, and
-# the parameters of the class that describes an image.
-DATASET = "DreamBoothDataset"
-DATASET_ATTRIBUTES = ("image_data", "buckets_indices", "bucket_manager")
-BATCH_NAMES = ("buckets", "bucket_index", "bucket_batch_size", "batch_index")
-IMAGE = "ImageInfo"
-IMAGE_PARAMETERS = ("absolute_path", "num_repeats", "is_reg")
-
-# Network modules that work with some trainers only, by the names of these in `kohya_patch.trainers.FAMILIES`.
-NETWORK_MODULES: Mapping[str, tuple[str, ...]] = {
-    "networks.loha": ("SdxlNetworkTrainer", "AnimaNetworkTrainer"),
-    "networks.lokr": ("SdxlNetworkTrainer", "AnimaNetworkTrainer"),
-}
-
-MASKED_LOSS = "apply_masked_loss"  # of (loss, batch)
-
-# The parameter with which the flow trainers shift single samples' timesteps (``timestep_sampling.offset`` of a subset),
-# and the values of ``timestep_sampling`` that heed it: sigma = warp(sigmoid(sigmoid_scale * (normal + offset))).
-OFFSET = "timestep_sampling_offset"
-OFFSET_SAMPLINGS = ("sigmoid", "shift", "flux_shift")
-
-TrainerKind = Literal["scheduler", "flow", "sample"]
-
-
-class Drawing(NamedTuple):
-    """How trainers of one kind draw timesteps.
-
-    Attributes:
-        calls: functions, each called by the one before, the first by ``get_noise_pred_and_target``; the last one draws.
-        parameters: what the last one may have; all of these can be supplied.
-        options: training arguments by which these functions can be made to use one timestep.
-    """
-
-    calls: tuple[str, ...]
-    parameters: tuple[str, ...]
-    options: tuple[str, ...]
-
-
-_NOISY = ("get_noisy_model_input_and_timesteps",)
-_NOISY_PARAMETERS = ("args", "noise_scheduler", "latents", "noise", "device", "dtype", OFFSET)
-DRAWING: Mapping[TrainerKind, Drawing] = {
-    "scheduler": Drawing(
-        ("get_noise_noisy_latents_and_timesteps", "get_timesteps"),
-        ("min_timestep", "max_timestep", "b_size", "device"),
-        ("min_timestep", "max_timestep"),
-    ),
-    "sample": Drawing(_NOISY, _NOISY_PARAMETERS, ("min_timestep", "max_timestep")),
-    "flow": Drawing(_NOISY, _NOISY_PARAMETERS, ("timestep_sampling", "sigmoid_scale", "discrete_flow_shift")),
-}
+from typing import Any, NamedTuple
 
 
 class UnsupportedTrainerError(RuntimeError):
-    """This sd-scripts, or this trainer, lacks what the hook needs; says what was looked for and what was found."""
+    """This program, or this trainer, lacks what the hook needs; says what was looked for and what was found."""
+
+
+@dataclass(frozen=True)
+class Host:
+    """A training program, as messages speak of it.
+
+    Attributes:
+        name: the program.
+        tested: the versions that work, as a sentence without its period.
+        network_modules: some of its own, by which it trains without the plug-in; the most usual one first.
+        depth: how many folders the file of ``train`` lies below the program's own.
+    """
+
+    name: str
+    tested: str
+    network_modules: tuple[str, ...]
+    depth: int = 0
+
+    @property
+    def plain_module(self) -> str:
+        """The most usual network module."""
+        return self.network_modules[0]
+
+    def check_methods(self, trainer: type, needed: Mapping[str, tuple[str, ...]]) -> None:
+        """Check that a trainer class has the methods in ``needed``, with the parameters named there.
+
+        Raises:
+            UnsupportedTrainerError: names the method or parameter that is missing.
+        """
+        for name, parameters in needed.items():
+            method = getattr(trainer, name, None)
+            if method is None:
+                raise self.unsupported(trainer, f"the method {name} in {trainer.__name__}", "none of that name")
+            found = inspect.signature(method).parameters
+            self.check_names(trainer, f"parameters of {trainer.__name__}.{name}", parameters, list(found))
+
+    def check_names(self, trainer: type, kind: str, needed: Iterable[str], found: Iterable[str]) -> None:
+        """Check that all names of a kind are there.
+
+        Raises:
+            UnsupportedTrainerError: names those that are missing.
+        """
+        found = list(dict.fromkeys(found))
+        missing = [name for name in needed if name not in found]
+        if missing:
+            raise self.unsupported(trainer, f"{', '.join(missing)} among the {kind}", ", ".join(found) or "none")
+
+    def unsupported(self, trainer: type, looked_for: str, found: str) -> UnsupportedTrainerError:
+        """The error for a version in which an assumption does not hold; names it and those that work.
+
+        Args:
+            trainer: the trainer class.
+            looked_for: what is assumed.
+            found: what is there instead.
+        """
+        train = getattr(trainer, "train", trainer)
+        folder = Path(inspect.getsourcefile(inspect.unwrap(train)) or "x").resolve().parents[self.depth]
+        return UnsupportedTrainerError(
+            f"{self.name} {version(folder)} in {folder} cannot be used with kohya_patch: looked for "
+            f"{looked_for}, and found {found}. {self.tested}. Update {self.name} where it is older (git pull) or "
+            "freq_loss_plugin where it is newer, or train without the frequency loss by setting network_module back "
+            f'to "{self.plain_module}"'
+        )
 
 
 class CalledFunction(NamedTuple):
-    """A function of sd-scripts at the place where its caller looks it up.
+    """A function at the place where its caller looks it up.
 
     Attributes:
         namespace: the variables of a module: the caller's own, or of one that the caller names.
@@ -136,7 +117,7 @@ def find_call(trainer: type, method: str, *names: str) -> CalledFunction | None:
     """The last function of a chain of calls that begins in a method of the trainer class.
 
     Args:
-        trainer: a trainer class of sd-scripts.
+        trainer: a trainer class.
         method: the name of one of its methods, its own or inherited.
         names: functions, each called by the one before, the first by the method.
 
@@ -146,14 +127,14 @@ def find_call(trainer: type, method: str, *names: str) -> CalledFunction | None:
     callers: list[Any] = [vars(cls)[method] for cls in trainer.__mro__ if method in vars(cls)]
     found = None
     for name in names:
-        found = next(filter(None, (_lookup(caller, name) for caller in callers)), None)
+        found = next(filter(None, (lookup(caller, name) for caller in callers)), None)
         if found is None:
             return None
         callers = [found.function]
     return found
 
 
-def _lookup(caller: Any, name: str) -> CalledFunction | None:
+def lookup(caller: Any, name: str) -> CalledFunction | None:
     """Where the code of ``caller`` reads ``name``: its own module's variables, or those of a module that it names."""
     caller = inspect.unwrap(caller)
     path: list[str] = []
@@ -172,117 +153,6 @@ def _lookup(caller: Any, name: str) -> CalledFunction | None:
                 namespace = getattr(namespace.get(module), "__dict__", {})
             return CalledFunction(namespace, name) if name in namespace else None
     return None
-
-
-def check_methods(trainer: type, needed: Mapping[str, tuple[str, ...]] = METHODS) -> None:
-    """Check that a trainer class has the methods in ``needed``, with the parameters named there.
-
-    Raises:
-        UnsupportedTrainerError: names the method or parameter that is missing.
-    """
-    for name, parameters in needed.items():
-        method = getattr(trainer, name, None)
-        if method is None:
-            raise unsupported(trainer, f"the method {name} in {trainer.__name__}", "none of that name")
-        found = inspect.signature(method).parameters
-        _check_names(trainer, f"parameters of {trainer.__name__}.{name}", parameters, list(found))
-
-
-def drawing_function(trainer: type, kind: TrainerKind) -> CalledFunction:
-    """The function by which a trainer draws its timesteps.
-
-    Args:
-        trainer: the trainer class.
-        kind: what its kind of model predicts, a key of `DRAWING`.
-
-    Raises:
-        UnsupportedTrainerError: there is none, it has a parameter that cannot be supplied, or no training argument can
-            make it use one timestep.
-    """
-    expected = DRAWING[kind]
-    chain = ("get_noise_pred_and_target", *expected.calls)
-    calls = list(filter(None, (find_call(trainer, *chain[: count + 1]) for count in range(1, len(chain)))))
-    if len(calls) < len(expected.calls):
-        found = " -> ".join(chain[: len(calls) + 1])
-        raise unsupported(trainer, f"the calls {' -> '.join(chain)} in {trainer.__name__}", f"only {found}")
-    drawing = calls[-1]
-    parameters = inspect.signature(drawing.function).parameters
-    if not parameters.keys() <= set(expected.parameters):
-        known = f"at most {', '.join(expected.parameters)} as the parameters of {drawing.name}"
-        raise unsupported(trainer, known, ", ".join(parameters))
-    used = [name for call in calls for name in inspect.unwrap(call.function).__code__.co_names]
-    _check_names(trainer, f"training arguments in {drawing.name}", expected.options, used)
-    return drawing
-
-
-def masked_loss(trainer: type) -> Callable[..., Any]:
-    """sd-scripts' own function that masks a loss by the masks of a batch.
-
-    Raises:
-        UnsupportedTrainerError: ``process_batch`` calls none.
-    """
-    found = find_call(trainer, "process_batch", MASKED_LOSS)
-    if found is None:
-        raise unsupported(trainer, f"a call of {MASKED_LOSS} in {trainer.__name__}.process_batch", "none")
-    return found.function
-
-
-def check_datasets(trainer: type) -> None:
-    """Check that data sets know the images of a batch, and that a running trainer's data sets can be found.
-
-    Raises:
-        UnsupportedTrainerError: names what is missing.
-    """
-    train: Any = inspect.unwrap(trainer.train)  # type: ignore[attr-defined]
-    code = train.__code__
-    _check_names(trainer, "variables of train", DATASET_GROUPS, (*code.co_varnames, *code.co_cellvars))
-    dataset = train.__globals__.get(DATASET)
-    if dataset is None:
-        raise unsupported(trainer, f"the class {DATASET}", "none of that name")
-    used = dataset.__getitem__.__code__.co_names
-    _check_names(trainer, f"names in {DATASET}.__getitem__", (*DATASET_ATTRIBUTES, *BATCH_NAMES), used)
-    image = _lookup(dataset.__init__, IMAGE)
-    parameters = inspect.signature(image.function).parameters if image else ()
-    _check_names(trainer, f"parameters of {IMAGE}", IMAGE_PARAMETERS, parameters)
-
-
-def check_everything(trainer: type, kind: TrainerKind, *, guidance: bool) -> None:
-    """Check all that any option could need of a trainer class, for which guidance_token may be defined.
-
-    Raises:
-        UnsupportedTrainerError: names what is missing.
-    """
-    for methods in (METHODS, VALIDATION_METHODS, BALANCE_METHODS, QUALITY_METHODS):
-        check_methods(trainer, methods)
-    drawing_function(trainer, kind)
-    masked_loss(trainer)
-    check_datasets(trainer)
-    if guidance:
-        check_methods(trainer, GUIDANCE_METHODS)
-
-
-def _check_names(trainer: type, kind: str, needed: Iterable[str], found: Iterable[str]) -> None:
-    found = list(dict.fromkeys(found))
-    missing = [name for name in needed if name not in found]
-    if missing:
-        raise unsupported(trainer, f"{', '.join(missing)} among the {kind}", ", ".join(found) or "none")
-
-
-def unsupported(trainer: type, looked_for: str, found: str) -> UnsupportedTrainerError:
-    """The error for a host in which an assumption does not hold; names its version and those that work.
-
-    Args:
-        trainer: the trainer class.
-        looked_for: what is assumed.
-        found: what is there instead.
-    """
-    train = getattr(trainer, "train", trainer)
-    file = Path(inspect.getsourcefile(inspect.unwrap(train)) or ".").resolve()
-    return UnsupportedTrainerError(
-        f"sd-scripts {version(file.parent)} in {file.parent} cannot be used with kohya_patch: looked for {looked_for}, "
-        f"and found {found}. {WORKING_VERSIONS}. Update sd-scripts where it is older (git pull) or freq_loss_plugin "
-        'where it is newer, or train without the frequency loss by setting network_module back to "networks.lora"'
-    )
 
 
 def version(folder: Path) -> str:

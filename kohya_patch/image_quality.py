@@ -1,148 +1,42 @@
-"""Image quality in sd-scripts: the least timesteps of a run's images, by its own VAE, and those of a batch.
+"""Image quality in a training program: what is known of a run's images, and the least timesteps of a batch.
 
 Every process measures its share of the images. What is wrong with them is the same in all afterward.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from freq_loss_plugin import ConfigError, FreqLossConfig
-from freq_loss_plugin.image_folders import SOURCES, find_images
-from freq_loss_plugin.image_quality.detectability import signal_to_noise, stable_diffusion_alphas
-from freq_loss_plugin.image_quality.measurement import as_pixels
-from freq_loss_plugin.image_quality.survey import Measured, Size, Survey, measure_all, survey
-from freq_loss_plugin.loss.latents import NUM_TRAIN_TIMESTEPS
-from freq_loss_plugin.options.image_rules import rules_by_image
+from freq_loss_plugin.image_quality.survey import Measured, Size, Survey, measure_all
 from freq_loss_plugin.training.distributed import gather, process_share
-from freq_loss_plugin.training.random_streams import separate_random_stream
 
-from . import image_names
-from .protocols import Batch
-from .trainers import TrainingRun
+from .protocols import IMAGES, Batch
 
-_OPTION = "freq_loss_image_quality"
-_REMEDY = "set freq_loss_image_quality = 'off' and remove [freq_loss.image_quality]"
-
-
-def check(config: FreqLossConfig, args: argparse.Namespace) -> None:
-    """Check that the folders of the rules are those of images; by names alone, so before anything is loaded.
-
-    Raises:
-        ConfigError: a rule is for a folder in which there is no image.
-    """
-    # The images of a data set class of the user's own are known to its code alone.
-    if config.image_rules and not getattr(args, "dataset_class", None):
-        rules_by_image(config.image_rules, find_images(**{name: getattr(args, name, None) for name in SOURCES}))
+OPTION = "freq_loss_image_quality"
 
 
 class ImageQuality:
     """What is known of the images of one run.
 
     Args:
-        run: the run in progress; its data sets will name the images of a batch.
-        config: the options.
-        vae: the model's, as ``create_network`` gets it; on whatever device.
-
-    Attributes:
         survey: the result for all images.
-
-    Raises:
-        ConfigError: see `freq_loss_plugin.image_quality.survey.survey`; also where a data set of the user's own class
-            does not say which images its batches hold, or the VAE cannot be used.
     """
 
-    def __init__(self, run: TrainingRun, config: FreqLossConfig, vae: Any) -> None:
-        image_names.check(run.datasets, _OPTION, _REMEDY)
-        args = run.args
-        prediction_type = run.family.prediction_type(args)
-        alphas = stable_diffusion_alphas(zero_terminal_snr=bool(getattr(args, "zero_terminal_snr", False)))
-        encoder = _Encoder(run, vae)
-        with encoder.on_device():
-            self.survey: Survey = survey(
-                _sizes(run),
-                config,
-                encoder.encode,
-                signal_to_noise(prediction_type, alphas),
-                end=getattr(args, "max_timestep", None) or NUM_TRAIN_TIMESTEPS,
-                measure=_measure_together,
-            )
-        self._least = {str(image): least for image, least in self.survey.least.items()}
-        image_names.add_to(run.datasets)
+    def __init__(self, survey: Survey) -> None:
+        self.survey = survey
+        self._least = {str(image): least for image, least in survey.least.items()}
 
     def least_of(self, batch: Batch) -> Tensor | None:
         """The least timesteps of a batch's samples, shape (B,), on the CPU; None where none has one."""
-        least = [self._least.get(name, 0) for name in batch[image_names.IMAGES]]
+        least = [self._least.get(name, 0) for name in batch[IMAGES]]
         return torch.tensor(least) if any(least) else None
 
 
-class _Encoder:
-    """Encodes images as the trainer does.
-
-    Args:
-        run: the run in progress.
-        vae: the model's.
-    """
-
-    def __init__(self, run: TrainingRun, vae: Any) -> None:
-        from accelerate import PartialState  # noqa: PLC0415 - as in `trainers`
-
-        self._trainer: Any = run.trainer
-        self._args, self._vae, self._device = run.args, vae, PartialState().device
-
-    @contextmanager
-    def on_device(self) -> Iterator[None]:
-        """Have the VAE on the training device for as long as this lasts."""
-        if not isinstance(self._vae, torch.nn.Module):
-            yield
-            return
-        was = next(self._vae.parameters()).device
-        self._vae.to(self._device)
-        try:
-            yield
-        finally:
-            self._vae.to(was)
-
-    @torch.no_grad()
-    def encode(self, image: Image.Image) -> Tensor:
-        """The latents of an image, scaled as the model is trained on them; the same noise each time."""
-        if not isinstance(self._vae, torch.nn.Module):
-            raise ConfigError(
-                f"{_OPTION}: needs the VAE to compare images, and sd-scripts gave {type(self._vae).__name__} to the "
-                "network module; set least timesteps by hand in [freq_loss.image_quality]"
-            )
-        pixels = (as_pixels(image)[None] * 2 - 1).to(self._device, next(self._vae.parameters()).dtype)
-        with separate_random_stream(_OPTION, self._device):
-            latents = self._trainer.encode_images_to_latents(self._args, self._vae, pixels)
-        latents = self._trainer.shift_scale_latents(self._args, latents).float()
-        if not latents.isfinite().all():
-            raise ConfigError(
-                f"{_OPTION}: the VAE returns NaN in {pixels.dtype}; train with no_half_vae, or with a VAE that works "
-                "in half precision"
-            )
-        return latents
-
-
-def _sizes(run: TrainingRun) -> dict[Path, Size]:
-    """All training images, and the size to which each is resized; of an image with several, the largest."""
-    sizes: dict[Path, Size] = {}
-    for dataset in run.datasets:
-        for info in dataset.image_data.values():
-            image = Path(info.absolute_path)
-            size = tuple(info.resized_size or info.bucket_reso)
-            sizes[image] = max(sizes.get(image, size), size)
-    return sizes
-
-
-def _measure_together(images: Mapping[Path, Size]) -> dict[Path, Measured]:
+def measure_together(images: Mapping[Path, Size]) -> dict[Path, Measured]:
     """Each process measures its share of the images; the result is that of all."""
     shares = gather(measure_all({image: images[image] for image in process_share(sorted(images))}))
     return {image: found for share in shares for image, found in share.items()}

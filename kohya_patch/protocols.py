@@ -1,4 +1,4 @@
-"""What is used of the objects of sd-scripts and accelerate, which are not imported here."""
+"""What is used of the objects of the training programs and accelerate, which are not imported here."""
 
 from __future__ import annotations
 
@@ -9,12 +9,34 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from freq_loss_plugin.loss.latents import PredictionType
+
 # A batch of the data loader: latents or images, loss_weights, alpha_masks, and others.
 Batch: TypeAlias = Mapping[str, Any]
+# The entry of a batch that names its images: absolute paths, put there by the plug-in where an option needs them.
+IMAGES = "freq_loss_images"
+
+
+class Family(Protocol):
+    """What one trainer class trains."""
+
+    @property
+    def name(self) -> str:
+        """Human-readable."""
+        ...
+
+    @property
+    def network_module(self) -> str:
+        """The LoRA module that belongs to it."""
+        ...
+
+    def prediction_type(self, args: argparse.Namespace) -> PredictionType:
+        """What its model predicts."""
+        ...
 
 
 class Trainer(Protocol):
-    """A NetworkTrainer; the methods that are replaced or relied on are in `kohya_patch.host.METHODS`."""
+    """A NetworkTrainer; the methods that are replaced or relied on are in ``host`` of each program's folder."""
 
     _freq_loss_hook: Any  # kohya_patch's own, while it is installed
 

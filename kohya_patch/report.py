@@ -1,4 +1,4 @@
-"""Prints and logs on sd-scripts' main process what a run has to say of the loss."""
+"""Prints and logs on the main process what a run has to say of the loss."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from freq_loss_plugin.training.messages import Message, describe
 
 from .image_quality import ImageQuality
 from .protocols import Accelerator
-from .trainers import TrainingRun, is_main_process
+from .runs import TrainingRun, is_main_process
 
 logger = logging.getLogger("kohya_patch")
 
@@ -33,7 +33,7 @@ def announce(
     model = f"{family.name} (prediction type {family.prediction_type(args)})"
     summary = None if quality is None else quality.survey.summary
     block = describe(config, model, network_module, features=features, quality=summary)
-    # Not through logging: sd-scripts' handler would fold the block into a narrow column.
+    # Not through logging: the programs' handlers would fold the block into a narrow column.
     print("\n".join(["", *block, ""]), flush=True)
     window = (getattr(args, "min_timestep", None), getattr(args, "max_timestep", None))
     logs = any(getattr(args, name, None) for name in ("logging_dir", "log_with"))

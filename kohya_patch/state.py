@@ -1,4 +1,4 @@
-"""What the loss keeps across batches, in sd-scripts' state folders: a file that everything else passes over."""
+"""What the loss keeps across batches, in a program's state folders: a file that everything else passes over."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from freq_loss_plugin.training.term import FrequencyTerm
 
 from . import report
 from .protocols import Accelerator, Handle
-from .trainers import is_main_process
+from .runs import is_main_process
 
 FILE = "freq_loss_state.safetensors"
 
@@ -23,14 +23,14 @@ FILE = "freq_loss_state.safetensors"
 class StateFile:
     """Saves the state of the frequency term with ``--save_state``, and restores it with ``--resume``.
 
-    sd-scripts saves states in its main process. The averages of the gradient ratio are the same in all processes, and
+    States are saved in the main process. The averages of the gradient ratio are the same in all processes, and
     so is the batch history with ``freq_loss_scope = "global"``; with ``"local"`` those of the other processes begin
     anew. Where the state to resume from lacks the file (there was nothing to save, or it lies on the Hugging Face Hub),
     everything begins anew, with a warning.
 
     Args:
         config: the options.
-        args: sd-scripts' arguments.
+        args: the program's arguments.
         term: the frequency term of the run.
     """
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import inspect
 import re
 from collections.abc import Mapping
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
 from freq_loss_plugin import ConfigError, FreqLossConfig
 
-from . import host
-from .trainers import FAMILIES, Family
+from .host import Host
+from .protocols import Family
 
 OWN_NAME = "kohya_patch"
 # sd-scripts passes it to every module, whether it knows it or not.
@@ -22,14 +22,9 @@ _PASSED_BY_HOST = "dropout"
 _LYCORIS = ("algo", "preset", "conv_dim", "conv_alpha", "factor", "decompose_both", "use_tucker", "dora_wd")
 
 
-def load(config: FreqLossConfig, family: Family | None) -> ModuleType:
-    """The wrapped module."""
-    return importlib.import_module(name_of(config, family))
-
-
-def name_of(config: FreqLossConfig, family: Family | None) -> str:
+def name_of(config: FreqLossConfig, family: Family | None, default: str = "networks.lora") -> str:
     """Its name: the one that was given, or the LoRA module of the trainer."""
-    return config.network_module or (family.network_module if family else "networks.lora")
+    return config.network_module or (family.network_module if family else default)
 
 
 def own_args(network_args: Mapping[str, Any]) -> dict[str, Any]:
@@ -38,7 +33,7 @@ def own_args(network_args: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def ignored_args(module: ModuleType, network_args: Mapping[str, Any]) -> list[str]:
-    """A warning where a module of sd-scripts gets arguments that it never looks at.
+    """A warning where a module of the host gets arguments that it never looks at.
 
     They take any keyword, and read those that they know by name; so a name that is neither a parameter nor a text in
     the source is not read.
@@ -56,8 +51,8 @@ def ignored_args(module: ModuleType, network_args: Mapping[str, Any]) -> list[st
     return found
 
 
-def check_name(name: str, family: Family) -> None:
-    """Whether the module is there, and is one for this trainer.
+def check_name(name: str, host: Host) -> None:
+    """Whether the module is there.
 
     Raises:
         ConfigError: it is not.
@@ -65,21 +60,18 @@ def check_name(name: str, family: Family) -> None:
     key = f"freq_loss_network_module = {name!r}"
     if name.split(".")[0] == OWN_NAME:
         raise ConfigError(
-            f"{key}: kohya_patch cannot wrap itself; name the module to train, for instance networks.lora"
+            f"{key}: kohya_patch cannot wrap itself; name the module to train, for instance {host.plain_module}"
         )
+    if find(name) is None:
+        raise ConfigError(
+            f"{key}: no such Python module; expected a network module that {host.name} can import, for instance "
+            f"{', '.join(host.network_modules)}, or lycoris.kohya (pip install lycoris_lora)"
+        )
+
+
+def find(name: str) -> ModuleSpec | None:
+    """Where a module is; None where there is none of that name."""
     try:
-        found = importlib.util.find_spec(name)
+        return importlib.util.find_spec(name)
     except (ImportError, ValueError):
-        found = None
-    if found is None:
-        raise ConfigError(
-            f"{key}: no such Python module; expected a network module that sd-scripts can import, for instance "
-            "networks.lora, networks.lora_flux, or lycoris.kohya (pip install lycoris_lora)"
-        )
-    supported = [FAMILIES[trainer] for trainer in host.NETWORK_MODULES.get(name, ())]
-    if supported and family not in supported:
-        raise ConfigError(
-            f"{key}: this trainer is {family.name}, and sd-scripts' module is for "
-            f"{' and '.join(each.name for each in supported)} only; for LoHa and LoKr set freq_loss_network_module = "
-            f"'lycoris.kohya' (pip install lycoris_lora), for LoRA '{family.network_module}'"
-        )
+        return None

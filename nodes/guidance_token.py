@@ -50,14 +50,14 @@ class GuidanceToken(LoraFileNode):
     @classmethod
     def execute(cls, conditioning: list[Any], lora_name: str, strength: float, image: Any = None) -> io.NodeOutput:
         """Replace the last token of every part of the conditioning."""
+        if strength == 0:
+            return node_output(cls, conditioning, text="not applied: the strength is 0")
         if image is None and lora_name == NO_LORA:
             raise ValueError(
                 "there are no features: connect image (CLIP Vision Encode), or choose the LoRA whose mean is to be used"
             )
         if image is not None and lora_name != NO_LORA:
             raise ValueError(f"both image and lora_name = {lora_name} are given; disconnect image, or choose {NO_LORA}")
-        if strength == 0:
-            return node_output(cls, conditioning, text="not applied: the strength is 0")
         features, source = _image_features(image) if image is not None else _training_mean(lora_name)
         guided = [[_replace_token(states, features, strength), dict(extras)] for states, extras in conditioning]
         return node_output(cls, guided, text=f"{source}, {features.shape[-1]} wide")

@@ -7,9 +7,9 @@ import numpy as np
 import oracle
 import pytest
 
-from kohya_patch import host
-from kohya_patch.hook import LossHook
-from kohya_patch.trainers import TrainingRun, find_run
+from kohya_patch.sd_scripts import host
+from kohya_patch.sd_scripts.hook import LossHook
+from kohya_patch.sd_scripts.trainers import TrainingRun, find_run
 
 NAMES = ["sd15", "sdxl", "sd3", "flux", "lumina", "hunyuan_image", "anima"]
 

@@ -14,7 +14,7 @@ import toml
 
 import freq_loss_plugin
 from freq_loss_plugin import FreqLossConfig
-from kohya_patch.trainers import FAMILIES
+from kohya_patch.sd_scripts.trainers import FAMILIES
 
 ROOT = Path(__file__).parent.parent
 README, CHINESE = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh.md"))

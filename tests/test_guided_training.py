@@ -242,7 +242,7 @@ def test_data_sets_survive_being_sent_to_a_loader_process(monkeypatch):
     monkeypatch.syspath_prepend(str(hosts.sd_scripts()))
     from library.train_util import DreamBoothDataset
 
-    from kohya_patch.image_names import naming_images
+    from kohya_patch.sd_scripts.image_names import naming_images
 
     dataset = object.__new__(DreamBoothDataset)
     dataset.__dict__.update(marker=Path("x"))
@@ -259,8 +259,8 @@ def test_a_data_set_that_does_not_say_what_it_shows_is_refused(monkeypatch):
     monkeypatch.syspath_prepend(str(hosts.sd_scripts()))
     from library.train_util import MinimalDataset
 
-    from kohya_patch.guidance import TokenGuidance
-    from kohya_patch.trainers import TrainingRun
+    from kohya_patch.sd_scripts.guidance import TokenGuidance
+    from kohya_patch.sd_scripts.trainers import TrainingRun
 
     class OwnDataset(MinimalDataset):
         pass

@@ -14,8 +14,8 @@ from hooked import NAMES, expected_bands, install, needs_module
 import kohya_patch
 from freq_loss_plugin import FreqLossConfig
 from freq_loss_plugin.training.monitor import NonFiniteLossError
-from kohya_patch import host
 from kohya_patch.host import UnsupportedTrainerError
+from kohya_patch.sd_scripts import host
 
 # The host's own warnings are none of this project's business.
 pytestmark = pytest.mark.filterwarnings("default")

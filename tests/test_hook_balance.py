@@ -11,8 +11,8 @@ import torch
 from hooked import NAMES, install
 
 from freq_loss_plugin import ConfigError, FreqLossConfig
-from kohya_patch import balance
-from kohya_patch.trainers import FAMILIES
+from kohya_patch.sd_scripts import balance
+from kohya_patch.sd_scripts.trainers import FAMILIES
 
 # The host's own warnings are none of this project's business.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -110,7 +110,7 @@ def test_without_a_term_only_the_balance_is_logged(stand_ins):
     stand_in = stand_ins.make("sd15")
     hook = install(stand_in, FreqLossConfig(dist_match=0.0, balance="timestep"))
     stand_in.process_batch()
-    hook._settle()
+    hook._end_step()
     prediction, target, _ = stand_in.passes[-1]
     assert hook._logs == {"loss/balance_unweighted": pytest.approx((prediction - target).square().mean().item())}
 
@@ -126,7 +126,7 @@ def test_the_weights_are_drawn_in_tensorboard(stand_ins, tmp_path):
     hook = install(stand_in, FreqLossConfig(dist_match=0.0, balance="band"))
     for _ in range(3):
         stand_in.process_batch()
-        hook._settle()
+        hook._end_step()
     stand_in.accelerator.end_training()
     events = EventAccumulator(str(tmp_path / "balance")).Reload()
     assert [event.step for event in events.Images("loss/balance_weights")] == [1]

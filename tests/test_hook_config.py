@@ -12,7 +12,7 @@ import hosts
 import pytest
 
 from freq_loss_plugin import ConfigError
-from kohya_patch import config_file, network, wrapped_module
+from kohya_patch import config_file, wrapped_module
 
 
 def after_sd_scripts(written, **values):
@@ -31,7 +31,7 @@ def test_the_file_that_sd_scripts_read_is_the_one_that_is_checked(tmp_path, monk
     arguments = [f"--config_file={written}"] if joined else ["--config_file", written]
     monkeypatch.setattr(sys, "argv", ["train_network.py", "--seed", "1", *arguments])
     with pytest.raises(ConfigError, match="Did you mean freq_loss_method"):
-        network.read_config(after_sd_scripts(written, freq_loss_metod="fft"))
+        config_file.read_config(after_sd_scripts(written, freq_loss_metod="fft"))
 
 
 def test_without_a_file_there_is_nothing_to_check(monkeypatch):
@@ -47,11 +47,11 @@ def test_the_module_of_the_file_is_wrapped_where_the_command_line_names_ours(tmp
     file.write_text(f'{section}network_module = "lycoris.kohya"\n', encoding="utf-8-sig")
     monkeypatch.setattr(sys, "argv", ["train_network.py", "--config_file", str(file)])
     args = after_sd_scripts(str(file), network_module="kohya_patch", network_args=["dist_match=0.01", "algo=loha"])
-    assert network.read_config(args).network_module == "lycoris.kohya"
+    assert config_file.read_config(args).network_module == "lycoris.kohya"
     args.network_args.append("freq_loss_network_module=networks.loha")
-    assert network.read_config(args).network_module == "networks.loha"
+    assert config_file.read_config(args).network_module == "networks.loha"
     file.write_text('network_module = "kohya_patch"\n', encoding="utf-8")
-    assert network.read_config(after_sd_scripts(str(file), network_args=[])).network_module is None
+    assert config_file.read_config(after_sd_scripts(str(file), network_args=[])).network_module is None
 
 
 def test_keys_of_another_wavelet_loss_are_named():

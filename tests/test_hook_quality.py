@@ -14,10 +14,11 @@ from scipy import stats
 from freq_loss_plugin import ConfigError, FreqLossConfig
 from freq_loss_plugin.image_quality.detectability import patch_energy
 from freq_loss_plugin.image_quality.survey import Survey
-from kohya_patch.hook import LossHook
-from kohya_patch.image_names import IMAGES
-from kohya_patch.image_quality import ImageQuality, _Encoder
-from kohya_patch.trainers import TrainingRun
+from kohya_patch.image_quality import ImageQuality
+from kohya_patch.protocols import IMAGES
+from kohya_patch.sd_scripts.hook import LossHook
+from kohya_patch.sd_scripts.image_quality import _Encoder
+from kohya_patch.sd_scripts.trainers import TrainingRun
 
 # The host's own warnings are none of this project's business.
 pytestmark = [pytest.mark.sd_scripts, pytest.mark.filterwarnings("default")]
@@ -28,9 +29,7 @@ LEAST = {BAD: 600, WORSE: 850}
 
 def install(stand_in, images, **options):
     """The hook on a batch of these images, whose survey is given."""
-    quality = object.__new__(ImageQuality)
-    quality.survey = Survey({Path(image): least for image, least in LEAST.items()}, "as given", ())
-    quality._least = LEAST
+    quality = ImageQuality(Survey({Path(image): least for image, least in LEAST.items()}, "as given", ()))
     stand_in.batch[IMAGES] = images
     config = FreqLossConfig(**{"dist_match": 0.0, "image_quality": "auto", **options})
     hook = LossHook(TrainingRun(stand_in.trainer, stand_in.args), config, "networks.lora", quality=quality)

@@ -13,9 +13,9 @@ from scipy.stats import ks_2samp
 
 from freq_loss_plugin import FreqLossConfig
 from freq_loss_plugin.training.timesteps import shared_timesteps
-from kohya_patch import host
-from kohya_patch.timesteps import TimestepChoice
-from kohya_patch.trainers import FAMILIES
+from kohya_patch.sd_scripts import host
+from kohya_patch.sd_scripts.timesteps import TimestepChoice
+from kohya_patch.sd_scripts.trainers import FAMILIES
 
 # The host's own warnings are none of this project's business.
 pytestmark = pytest.mark.filterwarnings("default")

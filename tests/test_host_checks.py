@@ -11,10 +11,10 @@ import torch
 from hooked import NAMES, NetworkTrainer, needs_module
 
 from freq_loss_plugin import ConfigError, FreqLossConfig
-from kohya_patch import host, network
 from kohya_patch.host import UnsupportedTrainerError
-from kohya_patch.timesteps import at_one_timestep
-from kohya_patch.trainers import TrainingRun, find_run, first_step
+from kohya_patch.sd_scripts import host, network
+from kohya_patch.sd_scripts.timesteps import at_one_timestep
+from kohya_patch.sd_scripts.trainers import TrainingRun, find_run, first_step
 
 # The host's own warnings are none of this project's business.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -94,7 +94,7 @@ def test_every_trainer_passes_the_check_and_names_its_own_lora(stand_ins, name):
 
 @pytest.mark.sd_scripts
 def test_an_error_names_the_version_that_was_found_and_those_that_work(stand_ins):
-    found = str(host.unsupported(type(stand_ins.make("sdxl").trainer), "a method", "none"))
+    found = str(host.SD_SCRIPTS.unsupported(type(stand_ins.make("sdxl").trainer), "a method", "none"))
     command = ["git", "-C", str(hosts.sd_scripts()), "log", "-1", "--format=%H %cs"]
     commit, date = subprocess.run(command, capture_output=True, text=True).stdout.split()
     for word in (commit[:7], date, str(hosts.sd_scripts()), "(commit d0b5c0e5) to v0.11.1", "dev branch at 37a1cbb"):
@@ -115,7 +115,7 @@ def test_the_run_is_found_on_the_stack_and_nowhere_else():
 def test_a_missing_method_is_named(missing):
     outdated = type("NetworkTrainer", (NetworkTrainer,), {missing: None})
     with pytest.raises(UnsupportedTrainerError, match=rf"method {missing} .*v0\.9\.1 and older.*git pull"):
-        host.check_methods(outdated)
+        host.SD_SCRIPTS.check_methods(outdated, host.METHODS)
 
 
 def test_a_missing_parameter_is_named():
@@ -126,13 +126,13 @@ def test_a_missing_parameter_is_named():
         UnsupportedTrainerError,
         match=r"latents among the parameters of Moved\.get_noise_pred_and_target, and found self, args, clean, ",
     ):
-        host.check_methods(Moved)
-    host.check_methods(NetworkTrainer)
+        host.SD_SCRIPTS.check_methods(Moved, host.METHODS)
+    host.SD_SCRIPTS.check_methods(NetworkTrainer, host.METHODS)
 
 
 def test_a_trainer_that_logs_in_another_way_cannot_validate_in_bands():
     with pytest.raises(UnsupportedTrainerError, match="the method accelerator_logging"):
-        host.check_methods(NetworkTrainer, host.VALIDATION_METHODS)
+        host.SD_SCRIPTS.check_methods(NetworkTrainer, host.VALIDATION_METHODS)
 
 
 def test_subclasses_belong_to_the_nearest_family():

@@ -12,7 +12,7 @@ from freq_loss_plugin import FreqLossConfig
 from freq_loss_plugin.options import advice
 from freq_loss_plugin.training.messages import FractionReport
 from kohya_patch import report
-from kohya_patch.trainers import TrainingRun
+from kohya_patch.sd_scripts.trainers import TrainingRun
 
 # The host's own warnings are none of this project's business.
 pytestmark = pytest.mark.filterwarnings("default")

@@ -8,8 +8,8 @@ from freq_loss_plugin import FreqLossConfig
 from freq_loss_plugin.training.messages import Message
 from freq_loss_plugin.training.validation import PREFIX, ValidationBands, ValidationResult
 
-from . import report
-from .protocols import Accelerator
+from .. import report
+from ..protocols import Accelerator
 
 
 class ValidationReport:

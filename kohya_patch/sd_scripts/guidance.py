@@ -16,8 +16,8 @@ from freq_loss_plugin.guidance_token import features as features_of
 from freq_loss_plugin.guidance_token.features import Features, replace_last_token
 from freq_loss_plugin.image_folders import SOURCES, find_images
 
+from ..protocols import IMAGES, Batch
 from . import image_names
-from .protocols import Batch
 from .trainers import Family, TrainingRun
 
 
@@ -85,7 +85,7 @@ class TokenGuidance:
         states = conds[0]
         if states is None:
             return list(conds)
-        features = torch.stack([self._by_name[name] for name in batch[image_names.IMAGES]])
+        features = torch.stack([self._by_name[name] for name in batch[IMAGES]])
         return [replace_last_token(states, features.to(states.device, non_blocking=True)), *conds[1:]]
 
     @contextlib.contextmanager

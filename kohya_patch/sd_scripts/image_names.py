@@ -12,10 +12,8 @@ from typing import Any
 
 from freq_loss_plugin import ConfigError
 
+from ..protocols import IMAGES
 from . import host
-
-# The entry of a batch that names its images.
-IMAGES = "freq_loss_images"
 
 
 def check(datasets: Iterable[Any], option: str, remedy: str) -> None:

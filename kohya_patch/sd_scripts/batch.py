@@ -11,8 +11,9 @@ from torch import Tensor
 
 from freq_loss_plugin.training.passes import Pass
 
+from ..host import UnsupportedTrainerError
+from ..protocols import Batch
 from . import host
-from .protocols import Batch
 from .trainers import TrainingRun
 
 
@@ -70,7 +71,7 @@ class BatchReader:
             return None
         alphas_cumprod: Tensor | None = getattr(noise_scheduler, "alphas_cumprod", None)
         if alphas_cumprod is None:
-            raise host.UnsupportedTrainerError(
+            raise UnsupportedTrainerError(
                 f"{self._trainer.__name__} uses {type(noise_scheduler).__name__}, which has no alphas_cumprod: it is "
                 "not one of the trainers that kohya_patch knows how to read"
             )

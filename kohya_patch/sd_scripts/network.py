@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from freq_loss_plugin import ConfigError, FreqLossConfig
-from freq_loss_plugin.options.parsing import parse_pairs, parse_strings
 
-from . import balance, config_file, guidance, host, image_quality, report, wrapped_module
+from .. import checks, config_file, report, wrapped_module
+from ..host import UnsupportedTrainerError
+from ..image_quality import ImageQuality
+from . import balance, guidance, host, image_quality
 from .hook import LossHook
-from .host import UnsupportedTrainerError
-from .trainers import Family, TrainingRun, find_run
+from .host import SD_SCRIPTS
+from .trainers import FAMILIES, Family, TrainingRun, find_run
 
 
 def create_network(*arguments: Any, **network_args: Any) -> Any:
     """See `kohya_patch.create_network`."""
     run = _require_run()
     config = check(run)
-    module = wrapped_module.load(config, run.family)
+    module = import_module(wrapped_module.name_of(config, run.family))
     network = module.create_network(*arguments, **wrapped_module.own_args(network_args))
     return _attach(network, run, config, module, arguments, network_args)
 
@@ -36,7 +37,7 @@ def create_network_from_weights(*arguments: Any, **network_args: Any) -> Any:
     run = _require_run() if trains else find_run()
     config = FreqLossConfig() if run is None else check(run)
     family = None if run is None else run.family
-    module = wrapped_module.load(config, family)
+    module = import_module(wrapped_module.name_of(config, family))
     network, weights = module.create_network_from_weights(*arguments, **wrapped_module.own_args(network_args))
     if run is not None and trains:
         # weights_sd or a file comes after the multiplier here; the text encoder is one place earlier.
@@ -75,25 +76,38 @@ def check(run: TrainingRun) -> FreqLossConfig:
         UnsupportedTrainerError: this sd-scripts lacks what the options need.
     """
     args, family = run.args, run.family
-    config = read_config(args)
-    wrapped_module.check_name(wrapped_module.name_of(config, family), family)
+    config = config_file.read_config(args)
+    name = wrapped_module.name_of(config, family)
+    wrapped_module.check_name(name, SD_SCRIPTS)
+    check_fit(name, family)
     trainer = type(run.trainer)
-    host.check_methods(trainer)
+    SD_SCRIPTS.check_methods(trainer, host.METHODS)
     if config.balanced:
         balance.check(config, args, family)
-        host.check_methods(trainer, host.BALANCE_METHODS)
+        SD_SCRIPTS.check_methods(trainer, host.BALANCE_METHODS)
     if config.changes_training:
         _check_against_trainer(config, args, family)
         _check_host(config, args, trainer, family)
     if config.guided:
         guidance.check(config, args, family)
-        host.check_methods(trainer, host.GUIDANCE_METHODS)
+        SD_SCRIPTS.check_methods(trainer, host.GUIDANCE_METHODS)
     if config.gated:
         image_quality.check(config, args)
-        host.check_methods(trainer, host.QUALITY_METHODS)
+        SD_SCRIPTS.check_methods(trainer, host.QUALITY_METHODS)
     if config.guided or config.gated:
         host.check_datasets(trainer)
     return config
+
+
+def check_fit(name: str, family: Family) -> None:
+    """Raise ConfigError where a network module of sd-scripts is not one for this trainer."""
+    supported = [FAMILIES[trainer] for trainer in host.NETWORK_MODULES.get(name, ())]
+    if supported and family not in supported:
+        raise ConfigError(
+            f"freq_loss_network_module = {name!r}: this trainer is {family.name}, and sd-scripts' module is for "
+            f"{' and '.join(each.name for each in supported)} only; for LoHa and LoKr set freq_loss_network_module = "
+            f"'lycoris.kohya' (pip install lycoris_lora), for LoRA '{family.network_module}'"
+        )
 
 
 def _check_host(config: FreqLossConfig, args: argparse.Namespace, trainer: type, family: Family) -> None:
@@ -102,32 +116,11 @@ def _check_host(config: FreqLossConfig, args: argparse.Namespace, trainer: type,
     if getattr(args, "masked_loss", False) or getattr(args, "alpha_mask", False):
         host.masked_loss(trainer)
     if config.validation:
-        host.check_methods(trainer, host.VALIDATION_METHODS)
-
-
-def read_config(args: argparse.Namespace) -> FreqLossConfig:
-    """The options out of sd-scripts' arguments: the TOML's keys, over which ``network_args`` win.
-
-    sd-scripts flattens its TOML into ``args``, by which a key of ``[freq_loss]`` that is spelled like nothing known is
-    lost among its own, and a network module that the command line replaces by ours is lost, too; the file has both.
-    """
-    written = config_file.read(args)
-    FreqLossConfig.check_section(config_file.section(written))
-    own = [item for item in getattr(args, "network_args", None) or [] if FreqLossConfig.claims(item.partition("=")[0])]
-    config = FreqLossConfig.from_mapping({**vars(args), **parse_strings(FreqLossConfig, parse_pairs(own))})
-    module = config_file.network_module(written)
-    if config.network_module is None and module not in (None, wrapped_module.OWN_NAME):
-        return replace(config, network_module=module)
-    return config
+        SD_SCRIPTS.check_methods(trainer, host.VALIDATION_METHODS)
 
 
 def _check_against_trainer(config: FreqLossConfig, args: argparse.Namespace, family: Family) -> None:
-    if getattr(args, "deepspeed", False) or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        raise ConfigError(
-            "DeepSpeed is on (deepspeed = true, or accelerate's own configuration): it restricts how backward() may be "
-            "called, and the frequency loss is untested with it; train without it (several processes work), or set "
-            "dist_match = 0 and leave freq_loss_balance and freq_loss_image_quality off"
-        )
+    checks.check_deepspeed(args)
     zero_terminal_snr = bool(getattr(args, "zero_terminal_snr", False))
     config.check_model(family.prediction_type(args), zero_terminal_snr=zero_terminal_snr)
     shape = getattr(args, "model_prediction_type", "raw")
@@ -142,12 +135,7 @@ def _check_against_trainer(config: FreqLossConfig, args: argparse.Namespace, fam
             "compares a reshaped prediction with a bare velocity, whose difference is not a latent-space error; set "
             "model_prediction_type = 'raw' (what sd-scripts' guides recommend), or freq_loss_timesteps = 'unified'"
         )
-    if config.enabled and config.timesteps == "unified" and getattr(args, "blocks_to_swap", None):
-        raise ConfigError(
-            f"freq_loss_timesteps = 'unified' with blocks_to_swap = {args.blocks_to_swap}: blocks are swapped for one "
-            "forward and one backward pass per step, and two are untested; set freq_loss_timesteps = 'shared', or "
-            "remove blocks_to_swap"
-        )
+    checks.check_block_swap(config, args)
     resolution = _smallest_side(getattr(args, "resolution", None))
     if resolution:
         config.check_size(resolution // 8, resolution // 8)
@@ -173,7 +161,7 @@ def _attach(
     if network is None:
         return None  # sd-scripts stops here by itself
     tokens = guidance.TokenGuidance(run, _text_width(arguments)) if config.guided else None
-    quality = image_quality.ImageQuality(run, config, _vae(arguments)) if config.gated else None
+    quality = ImageQuality(image_quality.make_survey(run, config, _vae(arguments))) if config.gated else None
     LossHook(run, config, module.__name__, tokens, quality).install()
     report.announce(run, config, module.__name__, tokens.features if tokens else None, quality)
     report.warn([*wrapped_module.ignored_args(module, network_args), *config_file.foreign_keys(run.args)])

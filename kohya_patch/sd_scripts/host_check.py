@@ -1,6 +1,6 @@
-"""Checks an sd-scripts with its own code: ``python -m kohya_patch.host_check train_network.py`` in its folder.
+"""Checks an sd-scripts by its own code, in its folder: `python -m kohya_patch.sd_scripts.host_check train_network.py`.
 
-Used by ``install.py``. Imports every ``*train_network.py`` (no model is loaded), checks what `kohya_patch.host` assumes
+Used by ``install.py``. Imports every ``*train_network.py`` (no model is loaded), checks what `host` assumes
 of its trainer, and prints one line of JSON, see `Report`. The argument makes this process look like a training run to
 the .pth file of an installed plug-in.
 """
@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import TypedDict
 
+from ..host import UnsupportedTrainerError
 from . import host
 from .trainers import FAMILIES
 
@@ -55,7 +56,7 @@ def check_script(script: str) -> str | None:
     family = FAMILIES[trainer.__name__]
     try:
         host.check_everything(trainer, family.kind, guidance=family.guidance)
-    except host.UnsupportedTrainerError as error:
+    except UnsupportedTrainerError as error:
         return str(error)
     return None
 
@@ -67,7 +68,7 @@ def check_is_early() -> bool:
     """
     trainer = importlib.import_module("train_network").NetworkTrainer()
     try:
-        trainer.train(argparse.Namespace(network_module=__package__, network_args=["freq_loss_metod=fft"]))
+        trainer.train(argparse.Namespace(network_module="kohya_patch", network_args=["freq_loss_metod=fft"]))
     except SystemExit as stopped:
         return "freq_loss: " in str(stopped.code)
     except Exception:  # noqa: BLE001 - sd-scripts looked for an option of its own

@@ -17,8 +17,10 @@ from freq_loss_plugin.training.passes import Plan
 from freq_loss_plugin.training.random_streams import separate_random_stream
 from freq_loss_plugin.training.timesteps import SampleDistributions
 
+from ..host import UnsupportedTrainerError
+from ..protocols import Accelerator
 from . import host
-from .protocols import Accelerator
+from .host import SD_SCRIPTS
 from .timesteps import TimestepChoice, at_one_timestep
 from .trainers import TrainingRun
 
@@ -97,7 +99,7 @@ class TimestepPasses:
         with self._choice.made_by(choose):
             results = forward(*call.args, **call.kwargs)
         if len(chosen) != 1:
-            raise host.unsupported(self._trainer, f"one call of {self._choice.name} in a pass", str(len(chosen)))
+            raise SD_SCRIPTS.unsupported(self._trainer, f"one call of {self._choice.name} in a pass", str(len(chosen)))
         self._check_timesteps(results[2], chosen[0].tolist())
         return results
 
@@ -120,7 +122,7 @@ class TimestepPasses:
         with self._choice.above(least, stream) as calls:
             results = forward(*call.args, **call.kwargs)
         if len(calls) != 1:
-            raise host.unsupported(self._trainer, f"one call of {self._choice.name} in a pass", str(len(calls)))
+            raise SD_SCRIPTS.unsupported(self._trainer, f"one call of {self._choice.name} in a pass", str(len(calls)))
         if not self._timesteps_were_checked:
             used = (results[2].detach().float() * self._family.timestep_scale).flatten().cpu()
             self._check_timesteps(results[2], torch.maximum(used, least.float()).tolist())
@@ -132,7 +134,7 @@ class TimestepPasses:
             return
         used = (returned.detach().float() * self._family.timestep_scale).flatten().tolist()
         if any(abs(one - other) > _TIMESTEP_TOLERANCE for one, other in zip(used, asked, strict=True)):
-            raise host.UnsupportedTrainerError(
+            raise UnsupportedTrainerError(
                 f"asked {self._trainer.__name__} for timesteps {asked}, and got {used}: this sd-scripts draws "
                 "its timesteps in a way that kohya_patch does not know; set freq_loss_timesteps = 'own'"
             )

@@ -22,7 +22,8 @@ from freq_loss_plugin.training.least_timesteps import draw_above, raised, severa
 from freq_loss_plugin.training.random_streams import separate_random_stream
 from freq_loss_plugin.training.timesteps import SampleDistributions
 
-from .host import OFFSET, OFFSET_SAMPLINGS, CalledFunction, TrainerKind
+from ..host import CalledFunction
+from .host import OFFSET, OFFSET_SAMPLINGS, TrainerKind
 
 _CPU = torch.device("cpu")
 

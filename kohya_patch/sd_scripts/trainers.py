@@ -1,23 +1,19 @@
 """What is known about the trainers of sd-scripts: which there are, how each predicts, and which one is running.
 
-What is assumed of the code of sd-scripts itself is in `kohya_patch.host`.
+What is assumed of the code of sd-scripts itself is in `host`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any, TypeGuard
 
 from freq_loss_plugin.loss.latents import NUM_TRAIN_TIMESTEPS, PredictionType
 
+from .. import runs
 from .host import DATASET_GROUPS, TrainerKind
-from .protocols import Trainer
 
 
 @dataclass(frozen=True)
@@ -60,14 +56,8 @@ FAMILIES: dict[str, Family] = {
 
 
 @dataclass(frozen=True)
-class TrainingRun:
-    """A run in progress: the trainer, the arguments it was started with, and its data sets."""
-
-    trainer: Trainer
-    args: argparse.Namespace
-    batch_sizes: tuple[int, ...] = ()
-    datasets: tuple[Any, ...] = ()
-    validation_datasets: tuple[Any, ...] = ()
+class TrainingRun(runs.TrainingRun):
+    """A run of sd-scripts."""
 
     @property
     def family(self) -> Family:
@@ -76,21 +66,14 @@ class TrainingRun:
 
 
 def find_run() -> TrainingRun | None:
-    """The run that calls this function, or None.
-
-    sd-scripts hands a network module neither its trainer nor its arguments, but it calls it from
-    ``trainer.train(args)``, and that call is on the stack.
-    """
-    for frame in _callers():
-        if frame.f_code.co_name != "train":
-            continue
-        trainer, args = frame.f_locals.get("self"), frame.f_locals.get("args")
-        if isinstance(args, argparse.Namespace) and _is_network_trainer(trainer):
-            groups = [frame.f_locals.get(name) for name in DATASET_GROUPS]
-            trained, validated = (getattr(group, "datasets", []) for group in groups)
-            sizes = tuple(dataset.batch_size for dataset in trained if hasattr(dataset, "batch_size"))
-            return TrainingRun(trainer, args, sizes, tuple(trained), tuple(validated))
-    return None
+    """The run that calls this function, or None."""
+    call = runs.find_train_call(FAMILIES)
+    if call is None:
+        return None
+    groups = [call.variables.get(name) for name in DATASET_GROUPS]
+    trained, validated = (getattr(group, "datasets", []) for group in groups)
+    sizes = tuple(dataset.batch_size for dataset in trained if hasattr(dataset, "batch_size"))
+    return TrainingRun(call.trainer, call.args, sizes, tuple(trained), tuple(validated))
 
 
 def first_step(args: argparse.Namespace) -> int:
@@ -102,28 +85,3 @@ def first_step(args: argparse.Namespace) -> int:
     if not folder or not state.exists():
         return 0
     return int(json.loads(state.read_text(encoding="utf-8"))["current_step"])
-
-
-def is_main_process() -> bool:
-    """Whether this is the process that logs and saves."""
-    from accelerate import PartialState  # noqa: PLC0415 - install.py reads this module without accelerate
-
-    return PartialState().is_main_process
-
-
-def process_index() -> int:
-    """The number of this process."""
-    from accelerate import PartialState  # noqa: PLC0415
-
-    return PartialState().process_index
-
-
-def _callers() -> Iterator[FrameType]:
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
-def _is_network_trainer(trainer: Any) -> TypeGuard[Trainer]:
-    return any(cls.__name__ in FAMILIES for cls in type(trainer).__mro__)

@@ -1,0 +1,28 @@
+"""What no training program can combine with the plug-in."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from freq_loss_plugin import ConfigError, FreqLossConfig
+
+
+def check_deepspeed(args: argparse.Namespace) -> None:
+    """Raise ConfigError where DeepSpeed is on."""
+    if getattr(args, "deepspeed", False) or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        raise ConfigError(
+            "DeepSpeed is on (deepspeed = true, or accelerate's own configuration): it restricts how backward() may be "
+            "called, and the frequency loss is untested with it; train without it (several processes work), or set "
+            "dist_match = 0 and leave freq_loss_balance and freq_loss_image_quality off"
+        )
+
+
+def check_block_swap(config: FreqLossConfig, args: argparse.Namespace) -> None:
+    """Raise ConfigError where there would be two passes with swapped blocks."""
+    if config.enabled and config.timesteps == "unified" and getattr(args, "blocks_to_swap", None):
+        raise ConfigError(
+            f"freq_loss_timesteps = 'unified' with blocks_to_swap = {args.blocks_to_swap}: blocks are swapped for one "
+            "forward and one backward pass per step, and two are untested; set freq_loss_timesteps = 'shared', or "
+            "remove blocks_to_swap"
+        )

@@ -1,0 +1,1 @@
+"""kohya-ss sd-scripts: seven trainers of LoRAs for images."""
