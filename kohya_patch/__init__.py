@@ -1,7 +1,8 @@
-"""The kohya-ss sd-scripts adapter: ``network_module = "kohya_patch"`` trains any LoRA with the frequency loss added.
+"""The adapter for kohya-ss' trainers: ``network_module = "kohya_patch"`` trains any LoRA with the frequency loss added.
 
-sd-scripts imports its network module by name and calls the two functions below. They make the network that the trainer
-would have made anyway and hang the loss on the running trainer (`kohya_patch.hook`); no file of sd-scripts changes.
+sd-scripts and musubi-tuner import their network module by name and call two of the functions below. They make the
+network that the trainer would have made anyway and hang the loss on the running trainer (`kohya_patch.hook`); no file
+of a trainer changes.
 
 This module is also imported at the start of every process that runs a training script (`kohya_patch.startup`), before
 anything else, so it imports nothing itself.
@@ -20,7 +21,7 @@ def create_network(*arguments: Any, **network_args: Any) -> Any:
 
     Raises:
         freq_loss_plugin.ConfigError: an option cannot be used as given.
-        kohya_patch.host.UnsupportedTrainerError: this sd-scripts lacks what the hook needs.
+        kohya_patch.host.UnsupportedTrainerError: this host lacks what the hook needs.
     """
     from .sd_scripts import network  # noqa: PLC0415 - see above
 
@@ -30,5 +31,19 @@ def create_network(*arguments: Any, **network_args: Any) -> Any:
 def create_network_from_weights(*arguments: Any, **network_args: Any) -> Any:
     """As `create_network`, for a network whose dimensions come from a file. Returns ``(network, weights)``."""
     from .sd_scripts import network  # noqa: PLC0415 - see above
+
+    return network.create_network_from_weights(*arguments, **network_args)
+
+
+def create_arch_network(*arguments: Any, **network_args: Any) -> Any:
+    """As `create_network`, called by musubi-tuner."""
+    from .musubi import network  # noqa: PLC0415 - see above
+
+    return network.create_network(*arguments, **network_args)
+
+
+def create_arch_network_from_weights(*arguments: Any, **network_args: Any) -> Any:
+    """As `create_arch_network`, for a network whose dimensions come from a file."""
+    from .musubi import network  # noqa: PLC0415 - see above
 
     return network.create_network_from_weights(*arguments, **network_args)

@@ -24,11 +24,13 @@ class ImageQuality:
 
     Args:
         survey: the result for all images.
+        names: what the batches call each image; its path where left out.
     """
 
-    def __init__(self, survey: Survey) -> None:
+    def __init__(self, survey: Survey, names: Mapping[str, Path] | None = None) -> None:
         self.survey = survey
-        self._least = {str(image): least for image, least in survey.least.items()}
+        names = {str(image): image for image in survey.least} if names is None else names
+        self._least = {name: survey.least[image] for name, image in names.items() if image in survey.least}
 
     def least_of(self, batch: Batch) -> Tensor | None:
         """The least timesteps of a batch's samples, shape (B,), on the CPU; None where none has one."""

@@ -13,7 +13,7 @@ from freq_loss_plugin.loss.latents import PredictionType
 
 # A batch of the data loader: latents or images, loss_weights, alpha_masks, and others.
 Batch: TypeAlias = Mapping[str, Any]
-# The entry of a batch that names its images: absolute paths, put there by the plug-in where an option needs them.
+# The entry of a batch that names its images by paths, put there by the plug-in where an option needs them.
 IMAGES = "freq_loss_images"
 
 

@@ -1,0 +1,94 @@
+"""Which images a batch of musubi-tuner holds, and where they come from.
+
+Its batches come from latent caches and do not say it. The batch manager of a data set knows, so it is given a subclass
+of its own class that adds the paths of the caches. The batch is otherwise untouched, random numbers included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from freq_loss_plugin import ConfigError
+
+from ..protocols import IMAGES
+from . import host
+
+_naming_classes: dict[type, type] = {}
+
+
+def items_of(dataset: Any) -> list[Any]:
+    """What a data set trains on, each once: musubi-tuner repeats an item in its bucket.
+
+    Raises:
+        ConfigError: its batches, by another version or class, do not say which items they hold.
+    """
+    manager = dataset.batch_manager
+    missing = [name for name in host.MANAGER_ATTRIBUTES if getattr(manager, name, None) is None]
+    if missing:
+        raise ConfigError(
+            f"freq_loss_image_quality: the batches of {type(dataset).__name__} have no {', '.join(missing)}, which say "
+            "which images they hold; set freq_loss_image_quality = 'off'"
+        )
+    return list({item.latent_cache_path: item for bucket in manager.buckets.values() for item in bucket}.values())
+
+
+def sources_of(dataset: Any) -> dict[str, Path]:
+    """The image or video of each latent cache of a data set, by the path of the cache.
+
+    Raises:
+        ConfigError: a cache has none of its name in the data set's folder or list.
+    """
+    files = {path.stem: path for path in map(Path, _files(dataset.datasource))}
+    sources = {item.latent_cache_path: files.get(item.item_key) for item in items_of(dataset)}
+    without = sorted(Path(cache).name for cache, source in sources.items() if source is None)
+    if without:
+        raise ConfigError(
+            f"freq_loss_image_quality: {len(without)} latent caches have no image of their name in the data set: "
+            f"{', '.join(without[:5])}; remove the caches of images that are gone, or set freq_loss_image_quality = "
+            "'off'"
+        )
+    return {cache: source.absolute() for cache, source in sources.items() if source is not None}
+
+
+def add_to(datasets: Iterable[Any]) -> None:
+    """Let the batches of these data sets name what they hold: an entry `IMAGES`, paths of caches in their order."""
+    for dataset in datasets:
+        dataset.batch_manager.__class__ = _naming_images(type(dataset.batch_manager))
+
+
+def _naming_images(cls: Any) -> type:
+    """The manager class ``cls`` with batches that say what they hold; one for each, made once."""
+    if cls in _naming_classes.values():
+        return cls
+
+    def get_item(manager: Any, index: int) -> Any:
+        batch = cls.__getitem__(manager, index)
+        bucket, number = manager.bucket_batch_indices[index]
+        first = number * manager.batch_size
+        batch[IMAGES] = [item.latent_cache_path for item in manager.buckets[bucket][first : first + manager.batch_size]]
+        return batch
+
+    def reduce(manager: Any) -> Any:
+        """Data sets are sent to loader processes by pickle where these are not forked."""
+        return _rebuild, (cls, manager.__dict__)
+
+    if cls not in _naming_classes:
+        contents = {"__getitem__": get_item, "__reduce__": reduce, "__module__": cls.__module__}
+        _naming_classes[cls] = type(cls.__name__, (cls,), contents)
+    return _naming_classes[cls]
+
+
+def _rebuild(cls: type, state: Mapping[str, Any]) -> Any:
+    made: Any = object.__new__(_naming_images(cls))
+    made.__dict__.update(state)
+    return made
+
+
+def _files(datasource: Any) -> list[str]:
+    for name in host.SOURCE_LISTS:
+        if getattr(datasource, name, None) is not None:
+            return list(getattr(datasource, name))
+    entries = getattr(datasource, "data", None) or []
+    return [entry[key] for entry in entries for key in host.SOURCE_KEYS if key in entry]

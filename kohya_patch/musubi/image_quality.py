@@ -1,0 +1,151 @@
+"""Image quality in musubi-tuner: the least timesteps of a run's images, by its own VAE; of a video, by its frames.
+
+Latents are cached before a run, so no VAE is loaded in it. The one that the run's arguments name is loaded for as long
+as the defects are made, and musubi-tuner's own code encodes with it as it does for the cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import inspect
+import io
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from freq_loss_plugin import ConfigError, FreqLossConfig
+from freq_loss_plugin.image_quality.detectability import signal_to_noise
+from freq_loss_plugin.image_quality.survey import Size, Survey, survey
+from freq_loss_plugin.loss.latents import NUM_TRAIN_TIMESTEPS
+from freq_loss_plugin.options.image_rules import LEAST
+from freq_loss_plugin.training.random_streams import separate_random_stream
+
+from ..image_quality import OPTION, ImageQuality, measure_together
+from . import host, image_names
+from .trainers import TrainingRun
+
+_BY_HAND = "set least timesteps by hand in [freq_loss.image_quality]"
+
+
+def check(config: FreqLossConfig, args: argparse.Namespace) -> None:
+    """Raise ConfigError where images are to be compared and there is no VAE."""
+    by_resolution = any(LEAST not in rule for rule in (config.image_rules or {}).values())
+    if (config.image_quality == "auto" or by_resolution) and not getattr(args, "vae", None):
+        raise ConfigError(
+            f"{OPTION}: needs the VAE to compare images, and this run has none, since its latents are cached; add "
+            f'vae = "PATH", the one of the caches, or {_BY_HAND}'
+        )
+
+
+def make_quality(run: TrainingRun, config: FreqLossConfig) -> ImageQuality:
+    """What is known of the images of a run, whose batches will name what they hold.
+
+    Raises:
+        ConfigError: see `freq_loss_plugin.image_quality.survey.survey`.
+    """
+    names: dict[str, Path] = {}
+    sizes: dict[Path, Size] = {}
+    folder = Path(tempfile.mkdtemp())
+    try:
+        for dataset in run.datasets:
+            sources = image_names.sources_of(dataset)
+            for item in image_names.items_of(dataset):
+                source = sources[item.latent_cache_path]
+                if item.frame_count is not None:
+                    source = _middle_frame(dataset, item, source, folder)
+                names[item.latent_cache_path] = source
+                sizes[source] = max(sizes.get(source, (0, 0)), _resized(item))
+        with _Encoder(run, folder) as encoder:
+            found = _survey(run, config, sizes, encoder)
+    finally:
+        shutil.rmtree(folder)
+    image_names.add_to(run.datasets)
+    return ImageQuality(found, names)
+
+
+def _survey(run: TrainingRun, config: FreqLossConfig, sizes: dict[Path, Size], encoder: _Encoder) -> Survey:
+    end = getattr(run.args, "max_timestep", None) or NUM_TRAIN_TIMESTEPS
+    snr = signal_to_noise(run.family.prediction_type(run.args), None)
+    return survey(sizes, config, encoder.encode, snr, end=int(end), measure=measure_together)
+
+
+def _resized(item: Any) -> Size:
+    """(width, height) to which an image is resized before it is cropped to its bucket."""
+    scale = max(side / own for side, own in zip(item.bucket_size[:2], item.original_size, strict=True))
+    width, height = (round(side * scale) for side in item.original_size)
+    return width, height
+
+
+def _middle_frame(dataset: Any, item: Any, video: Path, folder: Path) -> Path:
+    """The frame in the middle of a clip, as an image file; rules for folders find it by the video's own folders."""
+    first = int(Path(item.latent_cache_path).name.split("_")[-3].split("-")[0])
+    number = first + item.frame_count // 2
+    (frame,) = dataset.datasource.get_video_data_from_path(str(video), number, number + 1)
+    file = folder.joinpath(*video.parent.parts[1:], f"{Path(item.latent_cache_path).stem}.png")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(frame)).save(file)
+    return file
+
+
+class _Encoder:
+    """Encodes images as the script that cached the latents does; a context, after which the VAE is let go.
+
+    Args:
+        run: the run in progress.
+        folder: for what that script writes.
+    """
+
+    def __init__(self, run: TrainingRun, folder: Path) -> None:
+        from accelerate import PartialState  # noqa: PLC0415 - as in `runs`
+
+        self._trainer: Any = run.trainer
+        self._args, self._cache = run.args, folder / "encoded.safetensors"
+        self._device = PartialState().device
+        self._script = importlib.import_module(f"{host.PACKAGE}.{run.family.latent_cache}")
+        self._items = importlib.import_module(f"{host.PACKAGE}.dataset.image_video_dataset")
+        self._vae: Any = None
+
+    def __enter__(self) -> _Encoder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._vae = None
+
+    @torch.no_grad()
+    def encode(self, image: Image.Image) -> Tensor:
+        """The latents of an image, scaled as the model is trained on them, shape (1, C, H, W) or (1, C, 1, H, W)."""
+        pixels = np.asarray(image.convert("RGB"))
+        item = self._items.ItemInfo("image", "", image.size, image.size, content=pixels)
+        item.latent_cache_path = str(self._cache)
+        item.control_content = [pixels] if "kontext" in self._script.__name__ else None
+        encode = self._script.encode_and_save_batch
+        known = {"batch": [item], "is_layered": False, "arch_full": self._trainer.architecture_full_name}
+        others = list(inspect.signature(encode).parameters.values())[1:]
+        given = {each.name: known[each.name] for each in others if each.name in known}
+        given |= {each.name: None for each in others if each.name not in known and each.default is each.empty}
+        with separate_random_stream(OPTION, self._device), contextlib.redirect_stdout(io.StringIO()):
+            encode(self._load_vae(), **given)
+        (latents,) = (value for key, value in load_file(self._cache).items() if _is_latent(key))
+        return self._trainer.scale_shift_latents(latents[None].float())
+
+    def _load_vae(self) -> Any:
+        if self._vae is None:
+            self._vae = self._trainer.load_vae(self._args, vae_dtype=torch.float32, vae_path=self._args.vae)
+            self._vae.requires_grad_(False)
+            self._vae.eval()
+            self._vae.to(self._device)
+        return self._vae
+
+
+def _is_latent(key: str) -> bool:
+    """Whether an entry of a latent cache is the image itself: latents_32x32_float32, latents_1x32x32_float32."""
+    return key.startswith("latents_") and key.split("_")[1][:1].isdigit()

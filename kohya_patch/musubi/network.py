@@ -1,0 +1,161 @@
+"""The network module that musubi-tuner calls: reads the options, makes the wrapped network, attaches the hook."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from freq_loss_plugin import ConfigError, FreqLossConfig
+
+from .. import checks, config_file, report, wrapped_module
+from ..host import UnsupportedTrainerError
+from . import host, image_quality
+from .hook import LossHook
+from .host import MUSUBI
+from .trainers import Family, TrainingRun, find_run
+
+
+def create_network(*arguments: Any, **network_args: Any) -> Any:
+    """See `kohya_patch.create_arch_network`."""
+    run = _require_run()
+    config = check(run)
+    name = wrapped_module.name_of(config, run.family)
+    module = import_module(_importable(name))
+    create = getattr(module, "create_arch_network", None)
+    if create is None:  # as musubi-tuner calls LyCORIS, without a dropout
+        network_args.pop("neuron_dropout", None)
+        create = module.create_network
+    network = create(*arguments, **wrapped_module.own_args(network_args))
+    return _attach(network, run, config, name, module, network_args)
+
+
+def create_network_from_weights(*arguments: Any, **network_args: Any) -> Any:
+    """See `kohya_patch.create_arch_network_from_weights`."""
+    # With for_inference the weights are merged into the model (base_weights) or used for samples; nothing is trained.
+    trains = not network_args.get("for_inference", False)
+    run = _require_run()
+    config = check(run)
+    name = wrapped_module.name_of(config, run.family)
+    module = import_module(_importable(name))
+    made = module.create_arch_network_from_weights(*arguments, **wrapped_module.own_args(network_args))
+    if trains:
+        # With dim_from_weights, musubi-tuner unpacks a network and its weights.
+        network = made[0] if isinstance(made, tuple) else made
+        _attach(network, run, config, name, module, network_args)
+    return made
+
+
+def check_before_models_load() -> None:
+    """Run `check` for the run that is just starting (see `kohya_patch.startup`).
+
+    Raises:
+        ConfigError: as `check`.
+        UnsupportedTrainerError: as `check`.
+    """
+    check(_require_run())
+
+
+def check(run: TrainingRun) -> FreqLossConfig:
+    """Read and validate everything that can be known before a batch is seen.
+
+    Raises:
+        ConfigError: an option, or its combination with the trainer's own options, cannot work.
+        UnsupportedTrainerError: this musubi-tuner lacks what the options need.
+    """
+    args, family = run.args, run.family
+    config = config_file.read_config(args)
+    name = wrapped_module.name_of(config, family)
+    wrapped_module.check_name(_importable(name), MUSUBI)
+    _check_defined(config, family)
+    trainer = type(run.trainer)
+    MUSUBI.check_methods(trainer, host.METHODS)
+    if config.changes_training:
+        config.check_model(family.prediction_type(args), zero_terminal_snr=False)
+        checks.check_deepspeed(args)
+        checks.check_block_swap(config, args)
+        _check_balance(config, args)
+        _check_two_models(config, args)
+    if config.gated:
+        MUSUBI.check_methods(trainer, host.QUALITY_METHODS)
+        image_quality.check(config, args)
+    return config
+
+
+def _require_run() -> TrainingRun:
+    run = find_run()
+    if run is None:
+        raise UnsupportedTrainerError(
+            f"network_module = {wrapped_module.OWN_NAME!r} in {Path(sys.argv[0]).name}: no trainer of musubi-tuner that "
+            "this plug-in knows is running; use one of its *_train_network.py scripts, or set network_module = "
+            f'"{MUSUBI.plain_module}"'
+        )
+    return run
+
+
+def _importable(name: str) -> str:
+    """musubi-tuner's own modules are ``networks.*``, and found by that name only once it has begun to make a network."""
+    own = f"{host.PACKAGE}.{name}"
+    return own if wrapped_module.find(name) is None and wrapped_module.find(own) is not None else name
+
+
+def _check_defined(config: FreqLossConfig, family: Family) -> None:
+    if config.guided:
+        raise ConfigError(
+            f"guidance_token = {config.guidance_token:g}: replaces the last token of one CLIP text encoder, which is "
+            f"how SD1.x and SD2.x read text; this trainer is {family.name}; set guidance_token = 0"
+        )
+    if config.changes_training and family.undefined:
+        raise ConfigError(
+            f"{family.name} {family.undefined}, so the frequency loss is not defined for it; set dist_match = 0 and "
+            "leave freq_loss_balance and freq_loss_image_quality off"
+        )
+    if config.enabled and config.validation:
+        raise ConfigError(
+            "freq_loss_validation = true: musubi-tuner has no validation, so there is nothing to look at; set "
+            "freq_loss_validation = false"
+        )
+
+
+def _check_balance(config: FreqLossConfig, args: argparse.Namespace) -> None:
+    scheme = getattr(args, "weighting_scheme", None)
+    if config.balanced and scheme in host.WEIGHTINGS:
+        raise ConfigError(
+            f"freq_loss_balance = {config.balance!r} with weighting_scheme = {scheme!r}: both weigh the loss by noise "
+            "level; set weighting_scheme = 'none' (or a distribution of timesteps such as 'logit_normal'), or "
+            "freq_loss_balance = 'off'"
+        )
+
+
+def _check_two_models(config: FreqLossConfig, args: argparse.Namespace) -> None:
+    """Wan 2.2 can train its models for high and low noise at once: the timestep of a batch then decides which one."""
+    if not getattr(args, "dit_high_noise", None):
+        return
+    if config.gated or (config.enabled and config.timesteps != "own"):
+        key = f"freq_loss_timesteps = {config.timesteps!r}" if config.enabled else "freq_loss_image_quality"
+        raise ConfigError(
+            f"{key} with dit_high_noise: the timesteps decide which of the two models is trained, and cannot be "
+            "changed afterward; set freq_loss_timesteps = 'own' and freq_loss_image_quality = 'off', or train one model "
+            "at a time"
+        )
+
+
+def _attach(
+    network: Any,
+    run: TrainingRun,
+    config: FreqLossConfig,
+    name: str,
+    module: ModuleType,
+    network_args: Mapping[str, Any],
+) -> Any:
+    if network is None:
+        return None  # musubi-tuner stops here by itself
+    quality = image_quality.make_quality(run, config) if config.gated else None
+    LossHook(run, config, name, quality).install()
+    report.announce(run, config, name, quality=quality)
+    report.warn([*wrapped_module.ignored_args(module, network_args), *config_file.foreign_keys(run.args)])
+    return network

@@ -1,0 +1,101 @@
+"""Asks a trainer of musubi-tuner for timesteps: one for a batch, those chosen for its samples, or none below a least.
+
+A trainer draws t and mixes ``(1 - t)·latents + t·noise`` in one method, which is called for all of this: on the CPU and
+with empty latents for draws, and for chosen timesteps with ``min_timestep`` = ``max_timestep``, which may be tensors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from freq_loss_plugin.training.least_timesteps import draw_above, several_of
+from freq_loss_plugin.training.passes import Plan
+from freq_loss_plugin.training.random_streams import separate_random_stream
+
+from .host import SCHEDULED
+
+_CPU = torch.device("cpu")
+
+# The trainer's method, and the arguments of a call by name.
+Draw = Callable[..., tuple[Tensor, Tensor]]
+Given = dict[str, Any]
+
+
+def on_scale(timesteps: Tensor, args: argparse.Namespace) -> Tensor:
+    """Timesteps as a trainer returns them, on the scale 0..1000: 1000·sigma in float32."""
+    return timesteps.float() - _offset(args)
+
+
+def at(method: Draw, given: Given, timesteps: Tensor | float, stream: str) -> tuple[Tensor, Tensor, argparse.Namespace]:
+    """Noisy latents at chosen timesteps.
+
+    Args:
+        method: the trainer's ``get_noisy_model_input_and_timesteps``.
+        given: the arguments of a call of it, by name.
+        timesteps: shape (B,), on the scale 0..1000, or one for all.
+        stream: names the random stream of what the method draws besides.
+
+    Returns:
+        The noisy latents, the timesteps as the trainer returns them, and the arguments of the run that go with them.
+    """
+    fixed = copy.copy(given["args"])
+    fixed.timestep_sampling, fixed.preserve_distribution_shape = "uniform", False
+    device = torch.device(given["device"])
+    values = torch.as_tensor(timesteps, dtype=torch.float32).to(device, non_blocking=True)
+    # The method divides both in place.
+    fixed.min_timestep, fixed.max_timestep = values.clone(), values.clone()
+    with separate_random_stream(f"{stream}:noisy", device):
+        noisy, returned = method(**{**given, "args": fixed, "timesteps": None})
+    return noisy, returned, fixed
+
+
+def chosen(
+    method: Draw, given: Given, make_plan: Callable[[int, Callable[[int], Tensor]], Plan]
+) -> tuple[Tensor, Tensor]:
+    """Noisy latents and timesteps where ``make_plan`` decides; what the trainer itself would draw is drawn, too."""
+    plan = make_plan(len(given["latents"]), lambda count: draw(method, given, count))
+    assert plan.timesteps is not None
+    method(**given)
+    noisy, returned, _ = at(method, given, plan.timesteps, plan.stream)
+    return noisy, _as_returned(returned, given)
+
+
+def above(method: Draw, given: Given, least: Tensor, stream: str) -> tuple[Tensor, Tensor]:
+    """What the trainer draws, for samples below their least timestep replaced by the same at a timestep above it.
+
+    Args:
+        method: as in `at`.
+        given: as in `at`.
+        least: the least timesteps, shape (B,), on the CPU and the scale 0..1000.
+        stream: names the random stream in which timesteps are drawn again.
+    """
+    noisy, returned = method(**given)
+    instead = draw_above(several_of(lambda count: draw(method, given, count), len(least)), least, stream)
+    noisy_above, returned_above, _ = at(method, given, instead, stream)
+    device = returned.device
+    below = on_scale(returned, given["args"]) < least.to(device, non_blocking=True)
+    returned = torch.where(below, _as_returned(returned_above, given).to(returned.dtype), returned)
+    shape = (-1, *(1,) * (noisy.ndim - 1))
+    return torch.where(below.view(shape), noisy_above.to(noisy.dtype), noisy), returned
+
+
+def draw(method: Draw, given: Given, count: int) -> Tensor:
+    """``count`` of the timesteps that a trainer draws, shape (count,), on the CPU and the scale 0..1000."""
+    empty = torch.zeros(count, 1, *given["latents"].shape[2:])
+    changed = {"noise": empty, "latents": empty, "timesteps": None, "device": _CPU}
+    return on_scale(method(**{**given, **changed})[1], given["args"])
+
+
+def _offset(args: argparse.Namespace) -> float:
+    return 0.0 if args.timestep_sampling == SCHEDULED else 1.0
+
+
+def _as_returned(timesteps: Tensor, given: Given) -> Tensor:
+    """Those of `at`, which adds 1, as the run's own ``timestep_sampling`` would have returned them."""
+    return timesteps - (1.0 - _offset(given["args"]))
