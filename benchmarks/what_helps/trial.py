@@ -27,6 +27,7 @@ TOY, EMOJI = ("frames", "weave"), ("twitter", "line art")
 STEPS, REAL_FAKE_STEPS = 120, 300
 IMAGES_PER_CLASS = (8, 16)
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+_TOY_RATES = (*RATES, 1.6e-2)
 # Learning rates are chosen on seeds of their own, one for each style of a model.
 RATE_SEEDS, SHAM_SEEDS = (900, 901), 2
 _NO_DEFECT = "none"
@@ -65,7 +66,7 @@ def rate_trials() -> list[Trial]:
         for styles in (TOY, EMOJI)
         for seed, style in zip(RATE_SEEDS, styles, strict=True)
         for arm in BALANCE
-        for rate in RATES
+        for rate in (_TOY_RATES if styles is TOY else RATES)
         if arm.name != SHAM and _fits(arm, style)
     ]
 
