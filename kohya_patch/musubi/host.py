@@ -25,16 +25,7 @@ DATASET_GROUP = "train_dataset_group"
 METHODS: Mapping[str, tuple[str, ...]] = {
     "process_batch": ("args", "accelerator", "batch", "latents", "noise_scheduler", "dit_dtype", "transformer"),
     "get_noisy_model_input_and_timesteps": ("args", "noise", "latents", "timesteps", "noise_scheduler", "device"),
-    "call_dit": (
-        "args",
-        "accelerator",
-        "transformer_arg",
-        "latents",
-        "batch",
-        "noise",
-        "noisy_model_input",
-        "timesteps",
-    ),
+    "call_dit": ("args", "accelerator", "latents", "batch", "noise", "noisy_model_input", "timesteps", "network_dtype"),
     "compute_loss": ("args", "output", "timesteps"),
     "on_train_start": ("args", "optimizer"),
     "on_post_optimizer_step": ("sync_gradients",),

@@ -90,15 +90,15 @@ def _require_run() -> TrainingRun:
     run = find_run()
     if run is None:
         raise UnsupportedTrainerError(
-            f"network_module = {wrapped_module.OWN_NAME!r} in {Path(sys.argv[0]).name}: no trainer of musubi-tuner that "
-            "this plug-in knows is running; use one of its *_train_network.py scripts, or set network_module = "
+            f"network_module = {wrapped_module.OWN_NAME!r} in {Path(sys.argv[0]).name}: no trainer of musubi-tuner "
+            "that this plug-in knows is running; use one of its *_train_network.py scripts, or set network_module = "
             f'"{MUSUBI.plain_module}"'
         )
     return run
 
 
 def _importable(name: str) -> str:
-    """musubi-tuner's own modules are ``networks.*``, and found by that name only once it has begun to make a network."""
+    """musubi-tuner's own modules are ``networks.*``, but found by that name only once it makes a network."""
     own = f"{host.PACKAGE}.{name}"
     return own if wrapped_module.find(name) is None and wrapped_module.find(own) is not None else name
 
@@ -139,8 +139,8 @@ def _check_two_models(config: FreqLossConfig, args: argparse.Namespace) -> None:
         key = f"freq_loss_timesteps = {config.timesteps!r}" if config.enabled else "freq_loss_image_quality"
         raise ConfigError(
             f"{key} with dit_high_noise: the timesteps decide which of the two models is trained, and cannot be "
-            "changed afterward; set freq_loss_timesteps = 'own' and freq_loss_image_quality = 'off', or train one model "
-            "at a time"
+            "changed afterward; set freq_loss_timesteps = 'own' and freq_loss_image_quality = 'off', or train one "
+            "model at a time"
         )
 
 
