@@ -16,8 +16,8 @@ from .host import Host
 from .protocols import Family
 
 OWN_NAME = "kohya_patch"
-# sd-scripts passes it to every module, whether it knows it or not.
-_PASSED_BY_HOST = "dropout"
+# The hosts pass them to every module, whether it knows them or not.
+_PASSED_BY_HOST = ("dropout", "neuron_dropout")
 # Options by which LyCORIS chooses what it trains.
 _LYCORIS = ("algo", "preset", "conv_dim", "conv_alpha", "factor", "decompose_both", "use_tucker", "dora_wd")
 
@@ -35,20 +35,27 @@ def own_args(network_args: Mapping[str, Any]) -> dict[str, Any]:
 def ignored_args(module: ModuleType, network_args: Mapping[str, Any]) -> list[str]:
     """A warning where a module of the host gets arguments that it never looks at.
 
-    They take any keyword, and read those that they know by name; so a name that is neither a parameter nor a text in
-    the source is not read.
+    They take any keyword, and read those that they know by name; so a name that is neither a parameter of the functions
+    that make a network nor a text in the source is not read.
     """
-    if not module.__name__.startswith("networks."):
+    if not _is_of_host(module):
         return []
-    named = inspect.signature(module.create_network).parameters
-    known = {_PASSED_BY_HOST, *named, *re.findall(r"""["'](\w+)["']""", inspect.getsource(module))}
-    ignored = [key for key in own_args(network_args) if key not in known]
+    # musubi-tuner's modules hand their arguments to one that they import.
+    modules = [module, *filter(_is_of_host, vars(module).values())]
+    makers = [getattr(each, name, None) for each in modules for name in ("create_network", "create_arch_network")]
+    parameters = [name for maker in makers if maker is not None for name in inspect.signature(maker).parameters]
+    texts = [text for each in modules for text in re.findall(r"""["'](\w+)["']""", inspect.getsource(each))]
+    ignored = [key for key in own_args(network_args) if key not in {*_PASSED_BY_HOST, *parameters, *texts}]
     found = []
     for key in ignored:
         lycoris = "; it is one of LyCORIS: add freq_loss_network_module=lycoris.kohya (pip install lycoris_lora)"
         hint = lycoris if key in _LYCORIS else ""
         found.append(f"network_args: {module.__name__} does not know {key}={network_args[key]} and ignores it{hint}")
     return found
+
+
+def _is_of_host(value: Any) -> bool:
+    return isinstance(value, ModuleType) and "networks" in value.__name__.split(".")[:-1]
 
 
 def check_name(name: str, host: Host) -> None:

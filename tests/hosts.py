@@ -1,4 +1,4 @@
-"""Where checkouts of the two hosts are, which versions they have, and whether their tests can run here.
+"""Where checkouts of the hosts are, which versions they have, and whether their tests can run here.
 
     python tests/hosts.py ComfyUI      the folders of one host, the newest checkout first
 
@@ -93,6 +93,13 @@ COMFYUI = Host(
     ("torchvision", "torchaudio", "comfyui_frontend_package", "torchsde", "av", "alembic", "aiohttp"),
     {"a125cd84": "0.3.64", "783545f6": "0.33.0"},
 )
+MUSUBI_TUNER = Host(
+    "musubi-tuner",
+    "MUSUBI_TUNER_DIR",
+    "src/musubi_tuner/training/trainer_base.py",
+    ("torchvision", "diffusers", "transformers", "accelerate", "av", "cv2", "einops", "easydict", "ftfy"),
+    {"30c658c4": "0.3.4"},
+)
 
 
 def sd_scripts() -> Path:
@@ -103,6 +110,14 @@ def sd_scripts() -> Path:
 def comfyui() -> Path:
     """The checkout of ComfyUI that this process tests with, or skip."""
     return COMFYUI.checkout()
+
+
+def musubi_tuner() -> Path:
+    """The checkout of musubi-tuner that this process tests with, whose package can be imported, or skip."""
+    checkout = MUSUBI_TUNER.checkout()
+    if str(checkout / "src") not in sys.path:
+        sys.path.append(str(checkout / "src"))
+    return checkout
 
 
 def pinned_frontend(comfyui: Path) -> str:
@@ -123,6 +138,6 @@ def _git(path: Path, *arguments: str) -> str:
 
 
 if __name__ == "__main__":
-    for host in (SD_SCRIPTS, COMFYUI):
+    for host in (SD_SCRIPTS, COMFYUI, MUSUBI_TUNER):
         if host.name == sys.argv[1]:
             print(*host.checkouts(), sep="\n")
