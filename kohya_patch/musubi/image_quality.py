@@ -123,7 +123,7 @@ class _Encoder:
     @torch.no_grad()
     def encode(self, image: Image.Image) -> Tensor:
         """The latents of an image, scaled as the model is trained on them, shape (1, C, H, W) or (1, C, 1, H, W)."""
-        pixels = np.asarray(image.convert("RGB"))
+        pixels = np.array(image.convert("RGB"))
         item = self._items.ItemInfo("image", "", image.size, image.size, content=pixels)
         item.latent_cache_path = str(self._cache)
         item.control_content = [pixels] if "kontext" in self._script.__name__ else None
@@ -135,7 +135,8 @@ class _Encoder:
         with separate_random_stream(OPTION, self._device), contextlib.redirect_stdout(io.StringIO()):
             encode(self._load_vae(), **given)
         (latents,) = (value for key, value in load_file(self._cache).items() if _is_latent(key))
-        return self._trainer.scale_shift_latents(latents[None].float())
+        latents = latents.to(torch.float32, copy=True)  # the file is mapped into memory, and written anew
+        return self._trainer.scale_shift_latents(latents[None])
 
     def _load_vae(self) -> Any:
         if self._vae is None:

@@ -21,6 +21,9 @@ from unittest import mock
 
 import torch
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "sd_scripts_host"))
+from launch import leave_frozen_models_unwrapped
+
 FLUX_2 = {"hidden_size": 64, "num_heads": 2, "depth": 1, "depth_single_blocks": 1, "axes_dim": [8, 8, 8, 8]}
 FLUX_2 |= {"context_in_dim": 32}
 WAN = {"dim": 48, "ffn_dim": 64, "num_heads": 2, "num_layers": 1}
@@ -39,6 +42,7 @@ def main() -> None:
     # Wan's text encoder asks for a GPU when its file is read.
     with mock.patch("torch.cuda.current_device", return_value=0):
         narrow(script.stem)
+        leave_frozen_models_unwrapped()
         if record:
             _record_passes(record)
         runpy.run_path(str(script), run_name="__main__")

@@ -18,14 +18,16 @@ from musubi_launch import FLUX_2, narrow
 from PIL import Image
 from safetensors.torch import save_file
 
-SIDE, IMAGES = 128, 6
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # bad_images
+
+SIDE, IMAGES, FRAMES = 128, 6, 9
 
 
 def main() -> None:
     architecture, folder = sys.argv[1], Path(sys.argv[2])
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    photos(folder / "photos")
+    (photos if architecture == "flux_2" else clips)(folder / "images")
     with mock.patch("torch.cuda.current_device", return_value=0):
         narrow(architecture)
         (flux_2 if architecture == "flux_2" else wan)(folder)
@@ -39,8 +41,28 @@ def photos(folder: Path) -> None:
     pixels = data.astronaut()
     for number in range(IMAGES):
         top, left = 60 * number, 40 * number
-        Image.fromarray(np.ascontiguousarray(pixels[top : top + SIDE, left : left + SIDE])).save(folder / f"{number}.png")
+        Image.fromarray(np.ascontiguousarray(pixels[top : top + SIDE, left : left + SIDE])).save(
+            folder / f"{number}.png"
+        )
         (folder / f"{number}.txt").write_text(f"photo {number}")
+
+
+def clips(folder: Path) -> None:
+    """Videos of nine frames, of scenes; those of every second one are enlarged eightfold."""
+    import av
+    import bad_images
+
+    folder.mkdir(exist_ok=True)
+    for number in range(IMAGES):
+        frames = [bad_images.scene(number)] * FRAMES
+        frames = [bad_images.enlarged(frame, 8) for frame in frames] if number % 2 else frames
+        with av.open(str(folder / f"{number}.mkv"), "w") as container:
+            stream = container.add_stream("ffv1", rate=16)  # lossless
+            stream.width, stream.height, stream.pix_fmt = SIDE, SIDE, "bgr0"
+            for frame in frames:
+                container.mux(stream.encode(av.VideoFrame.from_image(frame)))
+            container.mux(stream.encode())
+        (folder / f"{number}.txt").write_text(f"clip {number}")
 
 
 def flux_2(folder: Path) -> None:
@@ -53,7 +75,7 @@ def flux_2(folder: Path) -> None:
     save(flux2_models.Flux2(info.params, "torch", False), folder / "dit.safetensors")
     save(flux2_models.AutoEncoder(flux2_models.AutoEncoderParams()), folder / "vae.safetensors")
     (folder / "cache").mkdir(exist_ok=True)
-    for image in sorted((folder / "photos").glob("*.png")):
+    for image in sorted((folder / "images").glob("*.png")):
         item = ItemInfo(image.stem, image.with_suffix(".txt").read_text(), (SIDE, SIDE))
         item.text_encoder_output_cache_path = str(folder / "cache" / f"{image.stem}_{info.architecture}_te.safetensors")
         text = torch.randn(7, FLUX_2["context_in_dim"])
@@ -73,8 +95,10 @@ def wan(folder: Path) -> None:
     save(WanModel(attn_mode="torch", **options), folder / "dit.safetensors")
     (folder / "cache").mkdir(exist_ok=True)
     for number in range(IMAGES):
-        stem = folder / "cache" / f"{number}_00000-009_{SIDE:04}x{SIDE:04}_wan.safetensors"
-        item = ItemInfo(f"{number}", f"clip {number}", (SIDE, SIDE), (SIDE, SIDE, 9), 9, latent_cache_path=str(stem))
+        stem = folder / "cache" / f"{number}_00000-{FRAMES:03}_{SIDE:04}x{SIDE:04}_wan.safetensors"
+        item = ItemInfo(
+            f"{number}", f"clip {number}", (SIDE, SIDE), (SIDE, SIDE, FRAMES), FRAMES, latent_cache_path=str(stem)
+        )
         item.text_encoder_output_cache_path = str(folder / "cache" / f"{number}_wan_te.safetensors")
         cache_io.save_latent_cache_wan(item, torch.randn(16, 3, SIDE // 8, SIDE // 8), None, None, None)
         cache_io.save_text_encoder_output_cache_wan(item, torch.randn(7, 4096))

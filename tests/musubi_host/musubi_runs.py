@@ -1,4 +1,4 @@
-"""Runs the real musubi-tuner on small data; what it writes is read as that of sd-scripts (`sd_scripts_host/runs.py`)."""
+"""Runs the real musubi-tuner on small data; its files are read like those of sd-scripts (`sd_scripts_host/runs.py`)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class MusubiTuner:
         self.path, self.architecture, self.folder = path, architecture, folder
         self._check(self._call([str(HERE / "musubi_material.py"), architecture, str(folder)]))
         if architecture == "flux_2":
-            self.cache(folder / "photos", folder / "cache")
+            self.cache(folder / "images", folder / "cache")
 
     def dataset(self, file: Path, images: Path, cache: Path, **options: Any) -> Path:
         """Write a dataset config for images or, for Wan, clips whose caches are there."""
@@ -34,7 +34,9 @@ class MusubiTuner:
         source = {"video_directory": str(images), "target_frames": [9]}
         if self.architecture == "flux_2":
             source = {"image_directory": str(images)}
-        file.write_text(toml.dumps({"general": general | options, "datasets": [source | {"cache_directory": str(cache)}]}))
+        file.write_text(
+            toml.dumps({"general": general | options, "datasets": [source | {"cache_directory": str(cache)}]})
+        )
         return file
 
     def cache(self, images: Path, cache: Path) -> None:
@@ -56,7 +58,7 @@ class MusubiTuner:
     ) -> Run:
         """Run the training script with a TOML made of small defaults, ``settings`` and a section ``[freq_loss]``."""
         folder.mkdir(parents=True, exist_ok=True)
-        images = self.folder / "photos"
+        images = self.folder / "images"
         defaults = {"dataset_config": str(self.dataset(folder / "dataset.toml", images, self.folder / "cache"))}
         values = defaults | self._defaults(folder) | SETTINGS[self.architecture] | settings
         own = "networks.lora_flux_2" if self.architecture == "flux_2" else "networks.lora_wan"

@@ -36,7 +36,7 @@ def main() -> None:
     # Reads the .pth file there, as Python does with those in site-packages: the working tree needs no installation.
     site.addsitedir(str(Path(__file__).resolve().parents[2] / "kohya_patch"))
     narrow_unet(unet_config)
-    _leave_frozen_models_unwrapped()
+    leave_frozen_models_unwrapped()
     if record:
         _record_passes(record)
     runpy.run_path(str(script), run_name="__main__")
@@ -55,7 +55,7 @@ def narrow_unet(config: Path | None) -> None:
     original_unet.NORM_GROUPS = original_unet.TRANSFORMER_NORM_NUM_GROUPS = found["norm_num_groups"]
 
 
-def _leave_frozen_models_unwrapped() -> None:
+def leave_frozen_models_unwrapped() -> None:
     """On several GPUs, accelerate wraps only models with trainable parameters for DDP; on several CPUs it wraps all."""
     import accelerate
 
@@ -65,7 +65,7 @@ def _leave_frozen_models_unwrapped() -> None:
     def prepare(self, model, *positional, **named):
         if self.num_processes == 1 or any(parameter.requires_grad for parameter in model.parameters()):
             return prepare_model(self, model, *positional, **named)
-        return model.to(self.device)
+        return prepare_model(self, model, *positional, **{**named, "evaluation_mode": True})
 
     accelerate.Accelerator.prepare_model = prepare
 
