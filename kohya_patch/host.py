@@ -15,11 +15,23 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 
 class UnsupportedTrainerError(RuntimeError):
     """This program, or this trainer, lacks what the hook needs; says what was looked for and what was found."""
+
+
+class Report(TypedDict):
+    """What a program's ``host_check`` found.
+
+    Attributes:
+        problems: for each training script what is wrong with it, or None.
+        checks_early: whether a wrong option is found before a model is loaded.
+    """
+
+    problems: dict[str, str | None]
+    checks_early: bool
 
 
 @dataclass(frozen=True)

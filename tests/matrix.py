@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import hosts
-from hosts import COMFYUI, SD_SCRIPTS
+from hosts import COMFYUI, MUSUBI_TUNER, SD_SCRIPTS
 
 # Versions of comfyui-frontend-package, each in a folder of its own; those that a ComfyUI pins with its templates.
 FRONTENDS = Path(sys.prefix) / "frontends"
@@ -37,6 +37,7 @@ class Run:
     Attributes:
         sd_scripts: the checkout to test with.
         comfyui: the checkout to test with.
+        musubi_tuner: the checkout to test with.
         packages: the folder of the frontend and the templates that it pins; None for those that are installed.
         frontend: the folder of another frontend.
         marker: the tests to run; all where it is empty.
@@ -44,6 +45,7 @@ class Run:
 
     sd_scripts: Path | None = None
     comfyui: Path | None = None
+    musubi_tuner: Path | None = None
     packages: Path | None = None
     frontend: Path | None = None
     marker: str = ""
@@ -57,6 +59,8 @@ class Run:
         frontend = self.frontend or self.packages
         if frontend:
             parts[-1] += f" with frontend {_version(frontend)}"
+        if self.musubi_tuner:
+            parts.append(MUSUBI_TUNER.title(self.musubi_tuner))
         return f"{self.marker or 'all'} tests: {', '.join(parts) or 'no host'}"
 
     @property
@@ -65,6 +69,7 @@ class Run:
         paths = {
             SD_SCRIPTS.variable: self.sd_scripts,
             COMFYUI.variable: self.comfyui,
+            MUSUBI_TUNER.variable: self.musubi_tuner,
             "PYTHONPATH": self.packages,
             "COMFYUI_FRONTEND": self.frontend and self.frontend / "comfyui_frontend_package" / "static",
         }
@@ -85,10 +90,18 @@ def plan() -> list[Run]:
     short = os.environ.get("HOST_TESTS") == "short"
     but_long = " and not long" if short else ""
     first = next(iter(comfyui), None)
+    musubi_tuner = MUSUBI_TUNER.checkouts()
     return [
-        Run(next(iter(sd_scripts), None), first, pinned.get(first), newest if short else None),
+        Run(
+            next(iter(sd_scripts), None),
+            first,
+            next(iter(musubi_tuner), None),
+            pinned.get(first),
+            newest if short else None,
+        ),
         *(Run(sd_scripts=path, marker=f"sd_scripts{but_long}") for path in sd_scripts[1:]),
         *(Run(comfyui=path, packages=pinned[path], marker=f"comfyui{but_long}") for path in comfyui[1:]),
+        *(Run(musubi_tuner=path, marker=f"musubi_tuner{but_long}") for path in musubi_tuner[1:]),
         *(
             Run(comfyui=path, packages=pinned[path], frontend=newest, marker="browser")
             for path in comfyui
@@ -107,7 +120,7 @@ def main() -> int:
     print("\nwhat ran:")
     for run, (status, summary) in zip([first, *further], results, strict=True):
         print(f"  {'FAILED: ' if status else ''}{run.title}: {summary}")
-    for version in (*SD_SCRIPTS.not_found(), *COMFYUI.not_found()):
+    for version in (*SD_SCRIPTS.not_found(), *COMFYUI.not_found(), *MUSUBI_TUNER.not_found()):
         print(f"  not run: {version}, of which there is no checkout")
     return next((status for status, _ in results if status), 0)
 

@@ -15,6 +15,7 @@ install=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check)
 "${install[@]}" pytest
 sd_scripts=$("$venv/bin/python" tests/hosts.py sd-scripts)
 comfyui=$("$venv/bin/python" tests/hosts.py ComfyUI)
+musubi_tuner=$("$venv/bin/python" tests/hosts.py musubi-tuner)
 
 if [ -n "$sd_scripts" ]; then
   "${install[@]}" torch torchvision
@@ -34,6 +35,10 @@ if [ -n "$comfyui" ]; then
     "${install[@]}" --no-deps --upgrade --target "$venv/frontends/${frontend#*==}" $pinned
   done <<<"$comfyui"
   "${install[@]}" --no-deps --upgrade --target "$venv/frontends/newest" comfyui-frontend-package
+fi
+if [ -n "$musubi_tuner" ]; then
+  "${install[@]}" torch torchvision
+  "${install[@]}" -r tests/requirements-musubi-tuner.txt
 fi
 "${install[@]}" --editable '.[test]'
 # Two processes, each with half of the threads: much of the time goes into programs that start and wait.

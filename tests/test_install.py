@@ -103,9 +103,12 @@ def test_an_early_check_is_promised_only_where_there_is_one(copied, tmp_path):
     lines = ("import site, sys", f"sys.path.append({str(ROOT)!r})", f"site.addsitedir({str(ROOT / 'kohya_patch')!r})")
     (site / "sitecustomize.py").write_text("\n".join(lines))
     module = install_module()
-    assert module.check_host(copied, plugin=site)["checks_early"]
+    assert module.check_host(module.SD_SCRIPTS, copied, plugin=site)["checks_early"]
     rename_everywhere(copied, "verify_training_args", "verify_the_arguments")
-    assert module.check_host(copied, plugin=site) == {"problems": {"train_network.py": None}, "checks_early": False}
+    assert module.check_host(module.SD_SCRIPTS, copied, plugin=site) == {
+        "problems": {"train_network.py": None},
+        "checks_early": False,
+    }
 
 
 def test_a_python_without_the_packages_is_refused_with_a_hint(tmp_path):
@@ -125,9 +128,9 @@ def test_check_needs_a_path():
 @pytest.mark.sd_scripts
 def test_every_trainer_of_the_checkout_is_accepted():
     module = install_module()
-    assert module.check_checkout(hosts.sd_scripts()) == []
+    assert module.check_checkout(module.SD_SCRIPTS, hosts.sd_scripts()) == []
     scripts = {path.name for path in hosts.sd_scripts().glob("*train_network.py")}
-    assert module.check_host(hosts.sd_scripts(), plugin=ROOT)["problems"] == dict.fromkeys(scripts)
+    assert module.check_host(module.SD_SCRIPTS, hosts.sd_scripts(), plugin=ROOT)["problems"] == dict.fromkeys(scripts)
 
 
 def test_the_wheel_contains_the_two_packages_and_the_startup_file_only(tmp_path):
@@ -162,3 +165,31 @@ print("kohya_patch.startup" in sys.modules, [type(finder).__name__ for finder in
     assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout == "False 0\n"
     command.append("train_network.py")
     assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout == "True 1\n"
+
+
+@pytest.mark.musubi_tuner
+def test_musubi_tuner_is_checked_by_its_own_code():
+    checkout = hosts.musubi_tuner()
+    done = install("--musubi-tuner", str(checkout), "--check")
+    for script in ("flux_2", "qwen_image", "zimage", "hv"):
+        assert f"usable       {script}_train_network.py" in done.stdout
+    assert re.search(r"not usable +hidream_o1_train_network.py: predicts patches of pixels", done.stdout)
+    assert done.stdout.count("musubi-tuner ") >= 1
+
+
+@pytest.mark.musubi_tuner
+def test_a_musubi_tuner_without_a_seam_is_told_what_is_missing(tmp_path):
+    folder = tmp_path / "musubi-tuner"
+    shutil.copytree(hosts.musubi_tuner() / "src", folder / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    rename_everywhere(folder / "src", "extra_step_logs", "more_step_logs")
+    done = install("--musubi-tuner", str(folder), "--check")
+    assert done.returncode == 1
+    assert "looked for the method extra_step_logs in HunyuanVideoNetworkTrainer" in done.stdout
+    assert "0.3.4" in done.stdout
+
+
+def test_a_folder_without_musubi_tuner_is_named(tmp_path):
+    done = install("--musubi-tuner", str(tmp_path), "--check")
+    assert done.returncode == 1
+    assert f"{tmp_path} has no" in done.stdout
+    assert "kohya-ss/musubi-tuner" in done.stdout

@@ -12,23 +12,10 @@ import importlib
 import json
 import sys
 from pathlib import Path
-from typing import TypedDict
 
-from ..host import UnsupportedTrainerError
+from ..host import Report, UnsupportedTrainerError
 from . import host
 from .trainers import FAMILIES
-
-
-class Report(TypedDict):
-    """What was found.
-
-    Attributes:
-        problems: for each training script what is wrong with it, or None.
-        checks_early: whether a wrong option is found before a model is loaded.
-    """
-
-    problems: dict[str, str | None]
-    checks_early: bool
 
 
 def main() -> None:
