@@ -14,11 +14,13 @@ import toml
 
 import freq_loss_plugin
 from freq_loss_plugin import FreqLossConfig
+from kohya_patch.musubi import trainers as musubi
 from kohya_patch.sd_scripts.trainers import FAMILIES
 
 ROOT = Path(__file__).parent.parent
 README, CHINESE = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh.md"))
 EXAMPLES = sorted((ROOT / "examples").glob("*.toml"))
+MUSUBI_EXAMPLES = sorted((ROOT / "examples" / "musubi-tuner").glob("*.toml"))
 DOCUMENTS = sorted(
     file.relative_to(ROOT)
     for pattern in ("*.md", "docs/*.md", "benchmarks/**/*.md", "assets/**/*.md")
@@ -56,14 +58,22 @@ def test_examples_in_docstrings_run(module):
     assert result.failed == 0
 
 
+def modules_of(examples):
+    """The network modules that examples say they replace."""
+    return [
+        module
+        for example in examples
+        for module in re.findall(r'# was "([\w.]+)"', example.read_text(encoding="utf-8"))
+    ]
+
+
 def test_there_is_an_example_for_every_family():
-    modules = {
-        line for example in EXAMPLES for line in re.findall(r'# was "([\w.]+)"', example.read_text(encoding="utf-8"))
-    }
-    assert modules == {family.network_module for family in FAMILIES.values()}
+    assert set(modules_of(EXAMPLES)) == {family.network_module for family in FAMILIES.values()}
+    defined = [family for family in musubi.FAMILIES.values() if not family.undefined]
+    assert sorted(modules_of(MUSUBI_EXAMPLES)) == sorted(family.network_module for family in defined)
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("example", [*EXAMPLES, *MUSUBI_EXAMPLES], ids=lambda path: path.stem)
 def test_every_example_has_the_recommended_options(example):
     config = toml.load(example)
     assert config["training"]["network_module"] == "kohya_patch"
@@ -101,6 +111,24 @@ def test_examples_use_no_key_that_their_trainer_does_not_know(example, monkeypat
     known = vars(importlib.import_module(script).setup_parser().parse_args([])).keys()
     for section in toml.loads(text).values():
         assert section.keys() <= known | FreqLossConfig.fields_by_key().keys()
+
+
+@pytest.mark.musubi_tuner
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("example", MUSUBI_EXAMPLES, ids=lambda path: path.stem)
+def test_examples_for_musubi_tuner_use_no_key_that_their_trainer_does_not_know(example, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "musubi_host"))
+    import musubi_stand_ins
+
+    text = example.read_text(encoding="utf-8")
+    script = re.search(r"accelerate launch src/musubi_tuner/(\w+)\.py", text).group(1)
+    (name,) = (name for name, (own, *_) in musubi_stand_ins.TRAINERS.items() if own == script)
+    known = vars(musubi_stand_ins.parse(name)).keys()
+    values = toml.loads(text)
+    for section in values.values():
+        assert section.keys() <= known | FreqLossConfig.fields_by_key().keys()
+    flat = {key: value for section in values.values() for key, value in section.items() if key in known}
+    musubi_stand_ins.parse(name, **flat)  # choices are checked
 
 
 def targets(text):

@@ -47,7 +47,7 @@ TRAINERS = {
 }
 
 # Arguments that a parser insists on.
-_REQUIRED = {"kandinsky5": ["--task", "k5-lite-t2v-5s-sd"]}
+_REQUIRED = {"kandinsky5": {"task": "k5-lite-t2v-5s-sd"}}
 
 
 class Denoiser(nn.Module):
@@ -106,10 +106,8 @@ def make(name: str, **settings: Any) -> StandIn:
     """
     from accelerate import Accelerator
 
-    script, class_name, parser, shape, sign = TRAINERS[name]
-    module = load(script)
-    common = importlib.import_module("musubi_tuner.training.parser_common")
-    args = getattr(module, parser)(common.setup_parser_common()).parse_args(_REQUIRED.get(name, []))
+    script, class_name, _, shape, sign = TRAINERS[name]
+    module, args = load(script), parse(name)
     vars(args).update({"seed": 11, "max_train_steps": 10, "timestep_sampling": "shift", **settings})
     trainer = getattr(module, class_name)()
     if name == "wan":
@@ -126,6 +124,21 @@ def make(name: str, **settings: Any) -> StandIn:
     )
     trainer.call_dit = _calling(made, name, sign)
     return made
+
+
+def parse(name: str, **given: Any) -> Any:
+    """The arguments of a trainer's own parser, its defaults and those that are ``given``."""
+    script, _, add_arguments, *_ = TRAINERS[name]
+    module = load(script)
+    parser = getattr(module, add_arguments)(
+        importlib.import_module("musubi_tuner.training.parser_common").setup_parser_common()
+    )
+    options = dict(_REQUIRED.get(name, {}))
+    options |= given
+    words = [
+        word for key, value in options.items() for word in ([f"--{key}"] if value is True else [f"--{key}", str(value)])
+    ]
+    return parser.parse_args(words)
 
 
 def load(script: str) -> Any:
