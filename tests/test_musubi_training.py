@@ -141,6 +141,17 @@ def test_balance_in_two_processes_with_accumulation_and_a_resumed_run(musubi, tm
     assert resumed.scalars["loss/current"] == pytest.approx([expected.loss(residual, at)], rel=1e-3)
 
 
+def test_two_processes_form_one_batch(flux_2, tmp_path):
+    run = flux_2.train(tmp_path, freq_loss={"dist_match": 0.05}, processes=2, max_train_steps=2)
+    assert run.returncode == 0, run.output
+    for step, events in enumerate(zip(passes_of(run)[::2], passes_of(run, 1)[::2], strict=True)):
+        assert not torch.equal(events[0]["noise"], events[1]["noise"])
+        names = ("prediction", "target", "latents", "noise", "noisy")
+        together = {name: torch.cat([event[name] for event in events]) for name in names}
+        assert sigma_of(together).std() < 1e-3
+        assert run.scalars["loss/freq_low"][step] == pytest.approx(band_losses(together)[0], rel=5e-3)
+
+
 def test_bad_images_train_where_they_tell_the_truth(flux_2, tmp_path):
     images, cache = tmp_path / "images", tmp_path / "cache"
     images.mkdir()
@@ -174,6 +185,22 @@ def test_bad_images_train_where_they_tell_the_truth(flux_2, tmp_path):
             else:
                 assert torch.equal(event["noisy"][place], before["noisy"][place])
     assert seen == {True, False}
+
+
+def test_clips_train_by_the_quality_of_their_frames(tmp_path, tmp_path_factory):
+    """Every second clip is of frames that were enlarged eightfold."""
+    wan = made("wan", tmp_path_factory)
+    options = {"dist_match": 0, "freq_loss_image_quality": "auto"}
+    run = wan.train(tmp_path, freq_loss=options, vae=str(wan.folder / "vae.safetensors"), max_train_steps=6)
+    assert run.returncode == 0, run.output
+    assert "3 full quality" in run.metadata["ss_freq_loss_image_quality_summary"]
+    least = []
+    for event in passes_of(run):
+        for place, name in enumerate(event["images"]):
+            if int(Path(name).name.split("_")[0]) % 2:
+                least.append(sigma_of(event)[place].item())
+    assert len(least) == 6
+    assert min(least) > 0.3
 
 
 def test_clips_train_from_the_timestep_that_is_given_by_hand(tmp_path, tmp_path_factory):

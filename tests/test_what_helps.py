@@ -256,9 +256,10 @@ def test_the_trials_are_those_of_the_plan():
 
 
 def test_the_published_tables_are_those_of_the_results():
-    for study in report.PRIMARY:
+    chosen = report.best_rates(report.read(FOLDER / "results" / "rates.csv"))
+    for study, trials in trial.STUDIES.items():
         rows = report.read(FOLDER / "results" / f"{study}.csv")
-        if rows and any(each["arm"] != arms.PLAIN for each in rows):
+        if len(rows) == len(trials(range(1000, 1010), chosen)):  # others are not finished, and have no tables
             text = (FOLDER / "results" / f"{study}.md").read_text(encoding="utf-8")
             assert report.tables(study, rows) + "\n" == text
             assert not re.search(r"\bnan\b|\binf\b", text)

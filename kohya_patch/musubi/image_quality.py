@@ -24,7 +24,7 @@ from torch import Tensor
 
 from freq_loss_plugin import ConfigError, FreqLossConfig
 from freq_loss_plugin.image_quality.detectability import signal_to_noise
-from freq_loss_plugin.image_quality.survey import Size, Survey, survey
+from freq_loss_plugin.image_quality.survey import Size, Survey, measure_all, survey
 from freq_loss_plugin.loss.latents import NUM_TRAIN_TIMESTEPS
 from freq_loss_plugin.options.image_rules import LEAST
 from freq_loss_plugin.training.random_streams import separate_random_stream
@@ -64,18 +64,23 @@ def make_quality(run: TrainingRun, config: FreqLossConfig) -> ImageQuality:
                     source = _middle_frame(dataset, item, source, folder)
                 names[item.latent_cache_path] = source
                 sizes[source] = max(sizes.get(source, (0, 0)), _resized(item))
+        has_frames = any(folder in image.parents for image in sizes)
         with _Encoder(run, folder) as encoder:
-            found = _survey(run, config, sizes, encoder)
+            found = _survey(run, config, sizes, encoder, share=not has_frames)
     finally:
         shutil.rmtree(folder)
     image_names.add_to(run.datasets)
     return ImageQuality(found, names)
 
 
-def _survey(run: TrainingRun, config: FreqLossConfig, sizes: dict[Path, Size], encoder: _Encoder) -> Survey:
+def _survey(
+    run: TrainingRun, config: FreqLossConfig, sizes: dict[Path, Size], encoder: _Encoder, *, share: bool
+) -> Survey:
+    """Frames have other names in each process, so that each measures all of them."""
     end = getattr(run.args, "max_timestep", None) or NUM_TRAIN_TIMESTEPS
     snr = signal_to_noise(run.family.prediction_type(run.args), None)
-    return survey(sizes, config, encoder.encode, snr, end=int(end), measure=measure_together)
+    measure = measure_together if share else measure_all
+    return survey(sizes, config, encoder.encode, snr, end=int(end), measure=measure)
 
 
 def _resized(item: Any) -> Size:

@@ -27,6 +27,7 @@ from launch import leave_frozen_models_unwrapped
 FLUX_2 = {"hidden_size": 64, "num_heads": 2, "depth": 1, "depth_single_blocks": 1, "axes_dim": [8, 8, 8, 8]}
 FLUX_2 |= {"context_in_dim": 32}
 WAN = {"dim": 48, "ffn_dim": 64, "num_heads": 2, "num_layers": 1}
+WAN_VAE = {"dim": 16, "num_res_blocks": 1}
 
 
 def main() -> None:
@@ -60,8 +61,10 @@ def narrow(script: str) -> None:
         )
     else:
         from musubi_tuner.wan.configs import WAN_CONFIGS
+        from musubi_tuner.wan.modules import vae
 
         WAN_CONFIGS["t2v-1.3B"].update(WAN)
+        vae._video_vae = functools.partial(vae._video_vae, **WAN_VAE)
 
 
 def _record_passes(file: str) -> None:

@@ -2,8 +2,8 @@
 
     python musubi_material.py ARCHITECTURE FOLDER
 
-The latents of images are cached by musubi-tuner's own script, with a narrow autoencoder; those of Wan, whose
-autoencoder cannot be made narrow, and all texts are random numbers in its own file formats.
+The latents of images are cached by musubi-tuner's own script; those of clips, and all texts, are random numbers in its
+own file formats.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from musubi_launch import FLUX_2, narrow
+from musubi_launch import FLUX_2, WAN_VAE, narrow
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -83,16 +83,18 @@ def flux_2(folder: Path) -> None:
 
 
 def wan(folder: Path) -> None:
-    """A Wan 2.1 of one block, and caches of clips of nine frames."""
+    """A Wan 2.1 of one block and its autoencoder, and caches of clips of nine frames."""
     from musubi_tuner.dataset import cache_io
     from musubi_tuner.dataset.image_video_dataset import ItemInfo
     from musubi_tuner.wan.configs import WAN_CONFIGS
     from musubi_tuner.wan.modules.model import WanModel
+    from musubi_tuner.wan.modules.vae import WanVAE_
 
     config = WAN_CONFIGS["t2v-1.3B"]
     names = ("dim", "ffn_dim", "freq_dim", "num_heads", "num_layers", "text_len", "in_dim", "out_dim", "eps")
     options = {name: getattr(config, name) for name in names}
     save(WanModel(attn_mode="torch", **options), folder / "dit.safetensors")
+    save(WanVAE_(z_dim=16, temperal_downsample=[False, True, True], **WAN_VAE), folder / "vae.safetensors")
     (folder / "cache").mkdir(exist_ok=True)
     for number in range(IMAGES):
         stem = folder / "cache" / f"{number}_00000-{FRAMES:03}_{SIDE:04}x{SIDE:04}_wan.safetensors"
