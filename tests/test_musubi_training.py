@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -234,6 +235,19 @@ def test_wrong_options_stop_before_a_model_is_loaded(flux_2, tmp_path, options, 
     assert "\nfreq_loss: " in run.output
     assert "Traceback" not in run.output
     assert "Loading DiT" not in run.output
+
+
+def test_comfyui_finds_every_module_of_the_lora(flux_2, tmp_path):
+    import hosts
+
+    comfyui = hosts.comfyui()
+    run = flux_2.train(tmp_path, freq_loss={"dist_match": 0.05}, max_train_steps=1)
+    assert len(run.lora) == 3 * 10
+    command = [sys.executable, str(HERE / "comfyui_host" / "flux_2_modules.py"), str(comfyui)]
+    done = subprocess.run([*command, str(tmp_path / "lora.safetensors")], capture_output=True, text=True)
+    if "txt_ids_dims" in done.stderr:
+        pytest.skip("this ComfyUI has no FLUX.2")
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
 
 
 def test_weights_of_an_earlier_lora_can_be_gone_on_with(flux_2, tmp_path):
