@@ -15,14 +15,14 @@ from torch import Tensor
 
 from . import emoji
 from .features import features_of
-from .model import FOLDER, SIDE, TEXT_LENGTH, TinyFlow, load, make_vae
+from .model import SIDE, TEXT_LENGTH, TinyFlow, load, make_vae
 
 VAE_BATCH, FLOW_BATCH, SAMPLES = 6, 32, 96
 UNCONDITIONAL = 0.1
 
 
 def train_vae(options: argparse.Namespace, device: torch.device) -> None:
-    """Train the autoencoder on emoji of the base style in all colors, and write it."""
+    """Train the autoencoder on emoji of the base style in all colors, and write it to ``options.output``."""
     torch.manual_seed(0)
     pixels = _pixels(options)
     vae = make_vae().to(device)
@@ -41,11 +41,13 @@ def train_vae(options: argparse.Namespace, device: torch.device) -> None:
     with torch.no_grad():
         latents = torch.cat([vae.encode(part).latent_dist.mean for part in (pixels[:256] * 2 - 1).to(device).split(16)])
     vae.register_to_config(scaling_factor=round(float(1 / latents.std()), 4))
-    vae.half().save_pretrained(FOLDER / "vae")
+    vae.half().save_pretrained(options.output / "vae")
 
 
 def train_flow(options: argparse.Namespace, device: torch.device) -> None:
-    """Train the transformer and the text encoder, and write the whole model."""
+    """Train the transformer and the text encoder, and write the whole model to ``options.output``."""
+    if not (options.output / "vae").is_dir():
+        raise SystemExit(f"no autoencoder in {options.output}: run the stage vae first")
     folder = emoji.fetch(options.emoji)
     concepts = emoji.concepts(folder)
     names = [concept.name for concept in concepts]
@@ -53,7 +55,7 @@ def train_flow(options: argparse.Namespace, device: torch.device) -> None:
     tokenizer = load_or_make_tokenizer(options.work / "flow_tokenizer", captions, TEXT_LENGTH)
     torch.manual_seed(1)
     model = TinyFlow(tokenizer)
-    model.vae = type(model.vae).from_pretrained(FOLDER / "vae", torch_dtype=torch.float32)
+    model.vae = type(model.vae).from_pretrained(options.output / "vae", torch_dtype=torch.float32)
     model.to(device)
     latents = model.encode(_pixels(options))
     parts = {"transformer": model.transformer, "text_encoder": model.text_encoder}
@@ -74,13 +76,13 @@ def train_flow(options: argparse.Namespace, device: torch.device) -> None:
         return {"mse": (predicted - (noise - clean)).square().mean()}
 
     stage.run(loss_of_step)
-    model.save()
-    finish(FOLDER)
+    model.save(options.output)
+    finish(options.output)
 
 
 def evaluate(options: argparse.Namespace, device: torch.device) -> None:
     """Print PSNR in all styles and how many samples look like their concept; draw a sheet of samples."""
-    folder, model = emoji.fetch(options.emoji), load().to(device)
+    folder, model = emoji.fetch(options.emoji), load(options.output).to(device)
     concepts = emoji.concepts(folder)
     for style in emoji.STYLES:
         pixels = _as_pixels(emoji.images(folder, concepts[:64], style))
@@ -96,7 +98,7 @@ def evaluate(options: argparse.Namespace, device: torch.device) -> None:
     print(f"nearest to their own concept: {right:.0%} of {SAMPLES} samples (chance {1 / len(drawn):.1%})")
     rows = [torch.cat(list(images[half]), dim=2) for half in (slice(16), slice(16, 32)) for images in (drawn, sampled)]
     sheet = (torch.cat(rows, dim=1).permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
-    Image.fromarray(sheet).save(FOLDER / "samples.png", optimize=True)
+    Image.fromarray(sheet).save(options.output / "samples.png", optimize=True)
 
 
 def _pixels(options: argparse.Namespace) -> Tensor:
