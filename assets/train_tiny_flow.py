@@ -6,8 +6,8 @@
     python assets/train_tiny_flow.py evaluate               PSNR, and a sheet of samples
 
 The stages write the model to --output in fp16, by default assets/tiny_flow. They save their state every 100 steps below
---work and continue from it; the learning rate falls to 0 over --steps, so choose that number once. A GPU is used if there
-is one.
+--work and continue from it; the learning rate falls to 0 over --steps, so choose that number once. A GPU is used if
+there is one.
 """
 
 from __future__ import annotations
