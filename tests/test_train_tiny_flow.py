@@ -26,7 +26,8 @@ CPU = torch.device("cpu")
 def test_all_stages_in_order(tmp_path, monkeypatch, capsys):
     if not (emoji.DEFAULT_FOLDER / "google").is_dir():
         pytest.skip("the emoji have not been fetched")
-    some = emoji.concepts(emoji.fetch())[:96]
+    some = emoji.concepts(emoji.fetch())[:32]
+    monkeypatch.setattr(training, "SAMPLES", 32)
     monkeypatch.setattr(emoji, "concepts", lambda folder: some)
     options = argparse.Namespace(output=tmp_path / "model", work=tmp_path, steps=2, emoji=emoji.DEFAULT_FOLDER)
     with pytest.raises(SystemExit, match="run the stage vae first"):
