@@ -1,4 +1,4 @@
-"""What no training program can combine with the plug-in."""
+"""What cannot be combined with the plug-in in any training program."""
 
 from __future__ import annotations
 
@@ -15,6 +15,21 @@ def check_deepspeed(args: argparse.Namespace) -> None:
             "DeepSpeed is on (deepspeed = true, or accelerate's own configuration): it restricts how backward() may be "
             "called, and the frequency loss is untested with it; train without it (several processes work), or set "
             "dist_match = 0 and leave freq_loss_balance and freq_loss_image_quality off"
+        )
+
+
+# Of weighting_scheme, which also names distributions of timesteps; those are fine.
+_FLOW_WEIGHTINGS = ("sigma_sqrt", "cosmap")
+
+
+def check_weighting_scheme(config: FreqLossConfig, args: argparse.Namespace) -> None:
+    """Raise ConfigError where a flow trainer's loss would be weighed by noise level twice."""
+    scheme = getattr(args, "weighting_scheme", None)
+    if config.balanced and scheme in _FLOW_WEIGHTINGS:
+        raise ConfigError(
+            f"freq_loss_balance = {config.balance!r} with weighting_scheme = {scheme!r}: both weigh the loss by noise "
+            "level; set weighting_scheme = 'none' (or a distribution of timesteps such as 'logit_normal'), or "
+            "freq_loss_balance = 'off'"
         )
 
 

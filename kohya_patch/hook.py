@@ -105,7 +105,7 @@ class Hook:
     def _metadata(self) -> dict[str, str]:
         """What a LoRA file says of the plug-in."""
         metadata = {"ss_network_module": self._network_module}
-        if self._config.changes_training:
+        if self._config.changes_training or self._config.guided:
             metadata |= self._config.file_metadata(self._network_module)
         if self._quality is not None:
             metadata[SUMMARY_KEY] = self._quality.survey.summary

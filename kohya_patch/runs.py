@@ -4,54 +4,63 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
 
 from .protocols import Family, Trainer
 
+if TYPE_CHECKING:
+    from typing_extensions import Self  # in typing since Python 3.11
+
+
+FamilyT = TypeVar("FamilyT", bound=Family)
+
 
 @dataclass(frozen=True)
-class TrainingRun:
-    """A run in progress: the trainer, the arguments it was started with, and its data sets."""
+class TrainingRun(Generic[FamilyT]):
+    """A run in progress: the trainer, the arguments it was started with, and its data sets.
+
+    Attributes:
+        families: what the trainers of the program train, by the names of their classes: a script that is executed
+            defines its own in ``__main__``.
+        groups: the variables of ``train`` with the data sets for training and, where there are any, for validation.
+    """
+
+    families: ClassVar[Mapping[str, Any]]
+    groups: ClassVar[tuple[str, ...]]
 
     trainer: Trainer
     args: argparse.Namespace
-    batch_sizes: tuple[int, ...] = ()
     datasets: tuple[Any, ...] = ()
     validation_datasets: tuple[Any, ...] = ()
 
     @property
-    def family(self) -> Family:
-        """What the trainer trains."""
-        raise NotImplementedError
+    def family(self) -> FamilyT:
+        """The family that is nearest to the trainer's class."""
+        return next(self.families[cls.__name__] for cls in type(self.trainer).__mro__ if cls.__name__ in self.families)
 
+    @property
+    def batch_sizes(self) -> list[int]:
+        """Of the data sets for training, as far as they say it."""
+        return [dataset.batch_size for dataset in self.datasets if hasattr(dataset, "batch_size")]
 
-class TrainCall(NamedTuple):
-    """A call of ``trainer.train(args)`` that is being executed, and its variables."""
+    @classmethod
+    def find(cls) -> Self | None:
+        """The run that calls this function, or None.
 
-    trainer: Trainer
-    args: argparse.Namespace
-    variables: Mapping[str, Any]
-
-
-def find_train_call(trainer_classes: Collection[str]) -> TrainCall | None:
-    """The innermost call of ``train`` of a trainer that is of one of these classes or derived from one; or None.
-
-    A host hands a network module neither its trainer nor its arguments, but that call is on the stack.
-
-    Args:
-        trainer_classes: names of classes, since a script that is executed defines its own in ``__main__``.
-    """
-    for frame in _callers():
-        if frame.f_code.co_name != "train":
-            continue
-        trainer, args = frame.f_locals.get("self"), frame.f_locals.get("args")
-        is_trainer = any(cls.__name__ in trainer_classes for cls in type(trainer).__mro__)
-        if is_trainer and isinstance(args, argparse.Namespace):
-            return TrainCall(trainer, args, frame.f_locals)  # type: ignore[arg-type]
-    return None
+        A host hands a network module neither its trainer nor its arguments, but it calls it from
+        ``trainer.train(args)``, and the innermost such call is on the stack.
+        """
+        for frame in _callers():
+            trainer, args = frame.f_locals.get("self"), frame.f_locals.get("args")
+            is_trainer = any(each.__name__ in cls.families for each in type(trainer).__mro__)
+            if frame.f_code.co_name == "train" and is_trainer and isinstance(args, argparse.Namespace):
+                groups = (frame.f_locals.get(name) for name in cls.groups)
+                datasets = (tuple(getattr(group, "datasets", ())) for group in groups)
+                return cls(cast(Trainer, trainer), args, *datasets)
+        return None
 
 
 def is_main_process() -> bool:

@@ -9,7 +9,7 @@ import pytest
 
 from kohya_patch.sd_scripts import host
 from kohya_patch.sd_scripts.hook import LossHook
-from kohya_patch.sd_scripts.trainers import TrainingRun, find_run
+from kohya_patch.sd_scripts.trainers import TrainingRun
 
 NAMES = ["sd15", "sdxl", "sd3", "flux", "lumina", "hunyuan_image", "anima"]
 
@@ -66,4 +66,4 @@ class NetworkTrainer:
     def update_metadata(self, metadata, args): ...
 
     def train(self, args):
-        return find_run()
+        return TrainingRun.find()

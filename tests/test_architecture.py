@@ -16,7 +16,7 @@ import freq_loss_plugin
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("freq_loss_plugin", "kohya_patch", "nodes")
-HOSTS = {"library", "networks", "train_network", "comfy", "comfy_api", "folder_paths", "server"}
+HOSTS = {"library", "networks", "train_network", "musubi_tuner", "comfy", "comfy_api", "folder_paths", "server"}
 # Packages that are not needed for the loss, and the only places that may import them.
 HEAVY = {
     "accelerate": ["engine"],

@@ -242,12 +242,14 @@ def test_data_sets_survive_being_sent_to_a_loader_process(monkeypatch):
     monkeypatch.syspath_prepend(str(hosts.sd_scripts()))
     from library.train_util import DreamBoothDataset
 
-    from kohya_patch.sd_scripts.image_names import naming_images
+    from kohya_patch.sd_scripts import image_names
 
     dataset = object.__new__(DreamBoothDataset)
     dataset.__dict__.update(marker=Path("x"))
-    dataset.__class__ = naming_images(DreamBoothDataset)
-    assert naming_images(type(dataset)) is type(dataset)
+    image_names.add_to([dataset])
+    named = type(dataset)
+    image_names.add_to([dataset])
+    assert type(dataset) is named
     copied = pickle.loads(pickle.dumps(dataset))
     assert isinstance(copied, DreamBoothDataset)
     assert type(copied) is type(dataset) is not DreamBoothDataset

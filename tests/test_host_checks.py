@@ -14,7 +14,7 @@ from freq_loss_plugin import ConfigError, FreqLossConfig
 from kohya_patch.host import UnsupportedTrainerError
 from kohya_patch.sd_scripts import host, network
 from kohya_patch.sd_scripts.timesteps import at_one_timestep
-from kohya_patch.sd_scripts.trainers import TrainingRun, find_run, first_step
+from kohya_patch.sd_scripts.trainers import TrainingRun, first_step
 
 # The host's own warnings are none of this project's business.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -106,7 +106,7 @@ def test_the_run_is_found_on_the_stack_and_nowhere_else():
     found = trainer.train(args)
     assert found.trainer is trainer
     assert found.args is args
-    assert find_run() is None
+    assert TrainingRun.find() is None
     with pytest.raises(UnsupportedTrainerError, match="no training of sd-scripts is running"):
         network.create_network(1.0, 4, 4, None, None, None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from scipy import stats
 from freq_loss_plugin import FreqLossConfig
 from freq_loss_plugin.image_quality.survey import Survey
 from freq_loss_plugin.training.monitor import NonFiniteLossError
+from kohya_patch.host import UnsupportedTrainerError
 from kohya_patch.image_quality import ImageQuality
 from kohya_patch.musubi import timesteps
 from kohya_patch.musubi.hook import LossHook
@@ -247,6 +249,36 @@ def test_numbers_are_read_once_for_each_optimizer_step_even_where_a_scaler_skips
     assert hook.step == 2
     logs = stand_in.trainer.extra_step_logs(stand_in.args, {})
     assert {"loss/freq_low", "loss/freq_high", "loss/freq_total", "loss/freq_fraction"} <= logs.keys()
+
+
+def test_a_trainer_that_mixes_other_noise_levels_is_refused_before_it_trains(monkeypatch):
+    stand_in = musubi_stand_ins.make("flux_2", timestep_sampling="sigma", preserve_distribution_shape=True)
+    state = torch.get_rng_state()
+    timesteps.check(stand_in.trainer, stand_in.args)
+    assert torch.equal(torch.get_rng_state(), state)
+    method = stand_in.trainer.get_noisy_model_input_and_timesteps
+
+    def without_limits(args, **named):
+        return method(argparse.Namespace(**{**vars(args), "min_timestep": 0, "max_timestep": 1000}), **named)
+
+    monkeypatch.setattr(stand_in.trainer, "get_noisy_model_input_and_timesteps", without_limits)
+    with pytest.raises(UnsupportedTrainerError, match=r"musubi-tuner .* the noise levels \[100.0, 700.0\]"):
+        timesteps.check(stand_in.trainer, stand_in.args)
+
+
+def test_batches_that_name_their_images_survive_being_sent_to_a_loader_process():
+    import pickle
+
+    from kohya_patch.musubi import image_names
+
+    musubi_stand_ins.load("flux_2_train_network")
+    from musubi_tuner.dataset.bucket import BucketBatchManager
+
+    manager = BucketBatchManager({}, 2)
+    image_names.add_to([argparse.Namespace(batch_manager=manager)])
+    copied = pickle.loads(pickle.dumps(manager))
+    assert type(copied) is type(manager) is not BucketBatchManager
+    assert copied.batch_size == 2
 
 
 def test_every_trainer_of_the_checkout_is_known():

@@ -164,7 +164,7 @@ def bucket(image: tuple[int, int], settings: Settings) -> tuple[int, int]:
 
 def _buckets(settings: Settings) -> list[tuple[int, int]]:
     area, step = settings.size[0] * settings.size[1], settings.bucket_reso_steps
-    least, most = settings.min_bucket_reso // step * step or step, -(-settings.max_bucket_reso // step) * step
+    least, most = settings.bucket_limits
     buckets = {(side, min(most, area // side // step * step)) for side in range(least, most + 1, step)}
     buckets = {size for size in buckets if size[1] >= least}
     square = int(area**0.5) // step * step

@@ -106,6 +106,12 @@ class Settings:
         return sides[0], sides[-1]
 
     @property
+    def bucket_limits(self) -> tuple[int, int]:
+        """The smallest and largest side of a bucket: as sd-scripts makes those given multiples of the step."""
+        step = self.bucket_reso_steps
+        return max(self.min_bucket_reso // step, 1) * step, -(-self.max_bucket_reso // step) * step
+
+    @property
     def prediction_type(self) -> PredictionType:
         """What the model predicts."""
         return "v_prediction" if self.v_parameterization else "epsilon"
@@ -168,12 +174,9 @@ class Settings:
             raise wrong_value(self, "bucket_reso_steps", "a multiple of 8, the factor of the VAE")
         if not any(self.learning_rates):
             raise ConfigError("every learning rate is 0, so nothing would be trained; set learning_rate")
-        least, most = min(self.size), max(self.size)
-        if self.enable_bucket and not self.min_bucket_reso <= least <= most <= self.max_bucket_reso:
-            raise ConfigError(
-                f"resolution = {self.resolution} is not between min_bucket_reso = {self.min_bucket_reso} and "
-                f"max_bucket_reso = {self.max_bucket_reso}"
-            )
+        size, (low, high) = self.size, self.bucket_limits
+        if self.enable_bucket and not low <= min(size) <= max(size) <= high:
+            raise wrong_value(self, "resolution", f"sides of {low} (min_bucket_reso) to {high} (max_bucket_reso)")
 
     def _check_paths(self) -> None:
         if not self.output_name:
@@ -288,9 +291,8 @@ def _network_args(items: Any) -> dict[str, str]:
     pairs = parse_pairs(as_list(items))
     for key in pairs:
         if key not in FreqLossConfig.fields_by_key():
-            raise ConfigError(
-                f"network_args: {f'{key}={pairs[key]}'!r} is not an option of the frequency loss. {USE_SD_SCRIPTS}"
-            )
+            given = f"{key}={pairs[key]}"
+            raise ConfigError(f"network_args: {given!r} is not an option of the frequency loss. {USE_SD_SCRIPTS}")
     return pairs
 
 

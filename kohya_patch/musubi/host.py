@@ -18,8 +18,8 @@ MUSUBI = Host(
 )
 PACKAGE = "musubi_tuner"
 
-# A local variable of ``train``.
-DATASET_GROUP = "train_dataset_group"
+# A local variable of ``train``; there is no validation.
+DATASET_GROUPS = ("train_dataset_group",)
 
 # Methods that the hook replaces on the running trainer, with the parameters that it reads.
 METHODS: Mapping[str, tuple[str, ...]] = {
@@ -46,5 +46,3 @@ SOURCE_KEYS = ("image_path", "video_path")
 
 # ``timestep_sampling`` that takes its timesteps from a schedule: t = 1000·sigma. All others return 1000·sigma + 1.
 SCHEDULED = "sigma"
-# Of weighting_scheme, which also names distributions of timesteps; those are fine.
-WEIGHTINGS = ("sigma_sqrt", "cosmap")

@@ -1,21 +1,15 @@
-"""Which images a batch of musubi-tuner holds, and where they come from.
-
-Its batches come from latent caches and do not say it. The batch manager of a data set knows, so it is given a subclass
-of its own class that adds the paths of the caches. The batch is otherwise untouched, random numbers included.
-"""
+"""Which images a batch of musubi-tuner holds: the batch manager of a data set knows it, by their latent caches."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from freq_loss_plugin import ConfigError
 
-from ..protocols import IMAGES
+from ..naming import let_name_images
 from . import host
-
-_naming_classes: dict[type, type] = {}
 
 
 def items_of(dataset: Any) -> list[Any]:
@@ -53,37 +47,15 @@ def sources_of(dataset: Any) -> dict[str, Path]:
 
 
 def add_to(datasets: Iterable[Any]) -> None:
-    """Let the batches of these data sets name what they hold: an entry `IMAGES`, paths of caches in their order."""
+    """Let the batches of these data sets name what they hold: paths of caches in their order."""
     for dataset in datasets:
-        dataset.batch_manager.__class__ = _naming_images(type(dataset.batch_manager))
+        let_name_images(dataset.batch_manager, _names_of)
 
 
-def _naming_images(cls: Any) -> type:
-    """The manager class ``cls`` with batches that say what they hold; one for each, made once."""
-    if cls in _naming_classes.values():
-        return cls
-
-    def get_item(manager: Any, index: int) -> Any:
-        batch = cls.__getitem__(manager, index)
-        bucket, number = manager.bucket_batch_indices[index]
-        first = number * manager.batch_size
-        batch[IMAGES] = [item.latent_cache_path for item in manager.buckets[bucket][first : first + manager.batch_size]]
-        return batch
-
-    def reduce(manager: Any) -> Any:
-        """Data sets are sent to loader processes by pickle where these are not forked."""
-        return _rebuild, (cls, manager.__dict__)
-
-    if cls not in _naming_classes:
-        contents = {"__getitem__": get_item, "__reduce__": reduce, "__module__": cls.__module__}
-        _naming_classes[cls] = type(cls.__name__, (cls,), contents)
-    return _naming_classes[cls]
-
-
-def _rebuild(cls: type, state: Mapping[str, Any]) -> Any:
-    made: Any = object.__new__(_naming_images(cls))
-    made.__dict__.update(state)
-    return made
+def _names_of(manager: Any, index: int) -> list[str]:
+    bucket, number = manager.bucket_batch_indices[index]
+    first = number * manager.batch_size
+    return [item.latent_cache_path for item in manager.buckets[bucket][first : first + manager.batch_size]]
 
 
 def _files(datasource: Any) -> list[str]:

@@ -65,8 +65,7 @@ def make_quality(run: TrainingRun, config: FreqLossConfig) -> ImageQuality:
                 names[item.latent_cache_path] = source
                 sizes[source] = max(sizes.get(source, (0, 0)), _resized(item))
         has_frames = any(folder in image.parents for image in sizes)
-        with _Encoder(run, folder) as encoder:
-            found = _survey(run, config, sizes, encoder, share=not has_frames)
+        found = _survey(run, config, sizes, _Encoder(run, folder), share=not has_frames)
     finally:
         shutil.rmtree(folder)
     image_names.add_to(run.datasets)
@@ -102,7 +101,7 @@ def _middle_frame(dataset: Any, item: Any, video: Path, folder: Path) -> Path:
 
 
 class _Encoder:
-    """Encodes images as the script that cached the latents does; a context, after which the VAE is let go.
+    """Encodes images as the script that cached the latents does; loads the VAE for the first one.
 
     Args:
         run: the run in progress.
@@ -119,18 +118,13 @@ class _Encoder:
         self._items = importlib.import_module(f"{host.PACKAGE}.dataset.image_video_dataset")
         self._vae: Any = None
 
-    def __enter__(self) -> _Encoder:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._vae = None
-
     @torch.no_grad()
     def encode(self, image: Image.Image) -> Tensor:
         """The latents of an image, scaled as the model is trained on them, shape (1, C, H, W) or (1, C, 1, H, W)."""
         pixels = np.array(image.convert("RGB"))
         item = self._items.ItemInfo("image", "", image.size, image.size, content=pixels)
         item.latent_cache_path = str(self._cache)
+        # FLUX.1 Kontext's insists on one image to edit.
         item.control_content = [pixels] if "kontext" in self._script.__name__ else None
         encode = self._script.encode_and_save_batch
         known = {"batch": [item], "is_layered": False, "arch_full": self._trainer.architecture_full_name}
@@ -139,7 +133,7 @@ class _Encoder:
         given |= {each.name: None for each in others if each.name not in known and each.default is each.empty}
         with separate_random_stream(OPTION, self._device), contextlib.redirect_stdout(io.StringIO()):
             encode(self._load_vae(), **given)
-        (latents,) = (value for key, value in load_file(self._cache).items() if _is_latent(key))
+        (latents,) = (value for key, value in load_file(self._cache).items() if is_latent(key))
         latents = latents.to(torch.float32, copy=True)  # the file is mapped into memory, and written anew
         return self._trainer.scale_shift_latents(latents[None])
 
@@ -152,6 +146,6 @@ class _Encoder:
         return self._vae
 
 
-def _is_latent(key: str) -> bool:
+def is_latent(key: str) -> bool:
     """Whether an entry of a latent cache is the image itself: latents_32x32_float32, latents_1x32x32_float32."""
     return key.startswith("latents_") and key.split("_")[1][:1].isdigit()

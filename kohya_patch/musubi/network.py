@@ -10,14 +10,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from safetensors import safe_open
+
 from freq_loss_plugin import ConfigError, FreqLossConfig
 
 from .. import checks, config_file, report, wrapped_module
 from ..host import UnsupportedTrainerError
-from . import host, image_quality
+from . import host, image_quality, timesteps
 from .hook import LossHook
 from .host import MUSUBI
-from .trainers import Family, TrainingRun, find_run
+from .trainers import Family, TrainingRun
 
 
 def create_network(*arguments: Any, **network_args: Any) -> Any:
@@ -78,8 +80,10 @@ def check(run: TrainingRun) -> FreqLossConfig:
         config.check_model(family.prediction_type(args), zero_terminal_snr=False)
         checks.check_deepspeed(args)
         checks.check_block_swap(config, args)
-        _check_balance(config, args)
+        checks.check_weighting_scheme(config, args)
         _check_two_models(config, args)
+        if _chooses_timesteps(config):
+            timesteps.check(run.trainer, args)
     if config.gated:
         MUSUBI.check_methods(trainer, host.QUALITY_METHODS)
         image_quality.check(config, args)
@@ -87,7 +91,7 @@ def check(run: TrainingRun) -> FreqLossConfig:
 
 
 def _require_run() -> TrainingRun:
-    run = find_run()
+    run = TrainingRun.find()
     if run is None:
         raise UnsupportedTrainerError(
             f"network_module = {wrapped_module.OWN_NAME!r} in {Path(sys.argv[0]).name}: no trainer of musubi-tuner "
@@ -121,27 +125,33 @@ def _check_defined(config: FreqLossConfig, family: Family) -> None:
         )
 
 
-def _check_balance(config: FreqLossConfig, args: argparse.Namespace) -> None:
-    scheme = getattr(args, "weighting_scheme", None)
-    if config.balanced and scheme in host.WEIGHTINGS:
-        raise ConfigError(
-            f"freq_loss_balance = {config.balance!r} with weighting_scheme = {scheme!r}: both weigh the loss by noise "
-            "level; set weighting_scheme = 'none' (or a distribution of timesteps such as 'logit_normal'), or "
-            "freq_loss_balance = 'off'"
-        )
-
-
 def _check_two_models(config: FreqLossConfig, args: argparse.Namespace) -> None:
     """Wan 2.2 can train its models for high and low noise at once: the timestep of a batch then decides which one."""
     if not getattr(args, "dit_high_noise", None):
         return
-    if config.gated or (config.enabled and config.timesteps != "own"):
-        key = f"freq_loss_timesteps = {config.timesteps!r}" if config.enabled else "freq_loss_image_quality"
+    if _chooses_timesteps(config):
+        key = "freq_loss_image_quality" if config.gated else f"freq_loss_timesteps = {config.timesteps!r}"
         raise ConfigError(
             f"{key} with dit_high_noise: the timesteps decide which of the two models is trained, and cannot be "
             "changed afterward; set freq_loss_timesteps = 'own' and freq_loss_image_quality = 'off', or train one "
             "model at a time"
         )
+
+
+def _chooses_timesteps(config: FreqLossConfig) -> bool:
+    """Whether a pass is made at timesteps that the trainer has not drawn."""
+    return config.gated or (config.enabled and config.timesteps != "own")
+
+
+def _check_sizes(run: TrainingRun, config: FreqLossConfig) -> None:
+    """Raise ConfigError where the latents of a data set are too small for the levels, by one of each bucket."""
+    if not config.enabled and config.balance != "band":
+        return
+    for dataset in run.datasets:
+        for bucket in getattr(dataset.batch_manager, "buckets", {}).values():
+            with safe_open(bucket[0].latent_cache_path, "pt") as cache:
+                (key,) = filter(image_quality.is_latent, cache.keys())
+                config.check_size(*cache.get_slice(key).get_shape()[-2:])
 
 
 def _attach(
@@ -154,6 +164,7 @@ def _attach(
 ) -> Any:
     if network is None:
         return None  # musubi-tuner stops here by itself
+    _check_sizes(run, config)
     quality = image_quality.make_quality(run, config) if config.gated else None
     LossHook(run, config, name, quality).install()
     report.announce(run, config, name, quality=quality)

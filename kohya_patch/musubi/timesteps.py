@@ -18,7 +18,7 @@ from freq_loss_plugin.training.least_timesteps import draw_above, several_of
 from freq_loss_plugin.training.passes import Plan
 from freq_loss_plugin.training.random_streams import separate_random_stream
 
-from .host import SCHEDULED
+from .host import MUSUBI, SCHEDULED
 
 _CPU = torch.device("cpu")
 
@@ -55,13 +55,32 @@ def at(method: Draw, given: Given, timesteps: Tensor | float, stream: str) -> tu
     return noisy, returned, fixed
 
 
+def check(trainer: Any, args: argparse.Namespace) -> None:
+    """Try it on latents of one channel, since nothing says that another version of musubi-tuner works like this one.
+
+    Raises:
+        UnsupportedTrainerError: the trainer mixes other noise levels than those asked for.
+    """
+    method, asked = trainer.get_noisy_model_input_and_timesteps, torch.tensor([100.0, 700.0])
+    latents = torch.zeros(2, 1, 8, 8)
+    given = {"args": args, "noise": torch.ones_like(latents), "latents": latents, "timesteps": None}
+    given |= {"noise_scheduler": None, "device": _CPU, "dtype": torch.float32}
+    noisy, returned, fixed = at(method, given, asked, "check")
+    mixed = 1000 * noisy.flatten(1).mean(dim=1)
+    for found in (mixed, on_scale(returned, fixed)):
+        if not torch.allclose(found, asked, atol=0.1):
+            looked_for = f"the noise levels {asked.tolist()} with min_timestep = max_timestep in {method.__name__}"
+            raise MUSUBI.unsupported(type(trainer), looked_for, str(found.tolist()))
+
+
 def chosen(
     method: Draw, given: Given, make_plan: Callable[[int, Callable[[int], Tensor]], Plan]
 ) -> tuple[Tensor, Tensor]:
     """Noisy latents and timesteps where ``make_plan`` decides; what the trainer itself would draw is drawn, too."""
     plan = make_plan(len(given["latents"]), lambda count: draw(method, given, count))
     assert plan.timesteps is not None
-    method(**given)
+    # For its random numbers alone, so on one channel.
+    method(**{**given, "noise": given["noise"][:, :1], "latents": given["latents"][:, :1]})
     noisy, returned, _ = at(method, given, plan.timesteps, plan.stream)
     return noisy, _as_returned(returned, given)
 

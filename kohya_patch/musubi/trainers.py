@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from freq_loss_plugin.loss.latents import PredictionType
 
 from .. import runs
-from .host import DATASET_GROUP
+from .host import DATASET_GROUPS
 
 
 @dataclass(frozen=True)
@@ -60,20 +60,8 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-@dataclass(frozen=True)
-class TrainingRun(runs.TrainingRun):
+class TrainingRun(runs.TrainingRun[Family]):
     """A run of musubi-tuner."""
 
-    @property
-    def family(self) -> Family:
-        """The entry of `FAMILIES` that is nearest to the trainer's class."""
-        return next(FAMILIES[cls.__name__] for cls in type(self.trainer).__mro__ if cls.__name__ in FAMILIES)
-
-
-def find_run() -> TrainingRun | None:
-    """The run that calls this function, or None."""
-    call = runs.find_train_call(FAMILIES)
-    if call is None:
-        return None
-    datasets = tuple(getattr(call.variables.get(DATASET_GROUP), "datasets", ()))
-    return TrainingRun(call.trainer, call.args, tuple(dataset.batch_size for dataset in datasets), datasets)
+    families = FAMILIES
+    groups = DATASET_GROUPS

@@ -6,6 +6,7 @@ import argparse
 
 from freq_loss_plugin import ConfigError, FreqLossConfig
 
+from .. import checks
 from .trainers import Family
 
 # Training arguments by which sd-scripts weighs the loss by noise level; the balance would undo or double them.
@@ -15,8 +16,6 @@ SCHEDULE_WEIGHTINGS = (
     "scale_v_pred_loss_like_noise_pred",
     "v_pred_like_loss",
 )
-# Of weighting_scheme, which also names distributions of timesteps; those are fine.
-FLOW_WEIGHTINGS = ("sigma_sqrt", "cosmap")
 
 
 def check(config: FreqLossConfig, args: argparse.Namespace, family: Family) -> None:
@@ -30,12 +29,7 @@ def check(config: FreqLossConfig, args: argparse.Namespace, family: Family) -> N
                 f"balance would undo part of the other; remove {given[0]}, or set freq_loss_balance = 'off'"
             )
         return
-    scheme = getattr(args, "weighting_scheme", None)
-    if scheme in FLOW_WEIGHTINGS:
-        raise ConfigError(
-            f"{key} with weighting_scheme = {scheme!r}: both weigh the loss by noise level; set weighting_scheme = "
-            "'none' (or a distribution of timesteps such as 'logit_normal'), or freq_loss_balance = 'off'"
-        )
+    checks.check_weighting_scheme(config, args)
     shape = getattr(args, "model_prediction_type", "raw")
     if family.kind == "flow" and shape != "raw":
         raise ConfigError(

@@ -193,7 +193,6 @@ class LossHook(Hook):
         metadata = call["metadata"]
         metadata.update(self._metadata())
         if self._tokens is not None:
-            metadata.update(self._config.file_metadata(self._network_module))
             metadata.update(guidance.file_metadata(self._config.guidance_token, self._tokens.features))
         return result
 

@@ -18,7 +18,7 @@ from ..image_quality import ImageQuality
 from . import balance, guidance, host, image_quality
 from .hook import LossHook
 from .host import SD_SCRIPTS
-from .trainers import FAMILIES, Family, TrainingRun, find_run
+from .trainers import FAMILIES, Family, TrainingRun
 
 
 def create_network(*arguments: Any, **network_args: Any) -> Any:
@@ -34,7 +34,7 @@ def create_network_from_weights(*arguments: Any, **network_args: Any) -> Any:
     """See `kohya_patch.create_network_from_weights`."""
     # With for_inference the weights are merged into the model (base_weights) or used for images; nothing is trained.
     trains = not network_args.get("for_inference", False)
-    run = _require_run() if trains else find_run()
+    run = _require_run() if trains else TrainingRun.find()
     config = FreqLossConfig() if run is None else check(run)
     family = None if run is None else run.family
     module = import_module(wrapped_module.name_of(config, family))
@@ -56,7 +56,7 @@ def check_before_models_load() -> None:
 
 
 def _require_run() -> TrainingRun:
-    run = find_run()
+    run = TrainingRun.find()
     if run is None:
         script = Path(sys.argv[0]).name
         raise UnsupportedTrainerError(

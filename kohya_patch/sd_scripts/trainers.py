@@ -55,25 +55,11 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-@dataclass(frozen=True)
-class TrainingRun(runs.TrainingRun):
+class TrainingRun(runs.TrainingRun[Family]):
     """A run of sd-scripts."""
 
-    @property
-    def family(self) -> Family:
-        """The entry of `FAMILIES` that is nearest to the trainer's class."""
-        return next(FAMILIES[cls.__name__] for cls in type(self.trainer).__mro__ if cls.__name__ in FAMILIES)
-
-
-def find_run() -> TrainingRun | None:
-    """The run that calls this function, or None."""
-    call = runs.find_train_call(FAMILIES)
-    if call is None:
-        return None
-    groups = [call.variables.get(name) for name in DATASET_GROUPS]
-    trained, validated = (getattr(group, "datasets", []) for group in groups)
-    sizes = tuple(dataset.batch_size for dataset in trained if hasattr(dataset, "batch_size"))
-    return TrainingRun(call.trainer, call.args, sizes, tuple(trained), tuple(validated))
+    families = FAMILIES
+    groups = DATASET_GROUPS
 
 
 def first_step(args: argparse.Namespace) -> int:
