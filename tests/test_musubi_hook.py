@@ -120,6 +120,16 @@ def test_shared_and_own_add_the_formula_of_the_trainers_pass(name):
         assert 0 < inside < 12 * musubi_stand_ins.BATCH
 
 
+@pytest.mark.parametrize("sampling", ["sigma", "shift", "logsnr", "qinglong_flux"])
+def test_shared_leaves_the_trainers_random_numbers_where_they_would_be(sampling):
+    stand_in = musubi_stand_ins.make("flux_2", timestep_sampling=sampling)
+    stand_in.process_batch()
+    state = torch.get_rng_state()
+    install(stand_in, dist_match=0.05, timesteps="shared")
+    stand_in.process_batch()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_off_is_the_trainers_own_step():
     for name in NAMES:
         stand_in = musubi_stand_ins.make(name)
