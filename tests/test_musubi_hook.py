@@ -13,12 +13,12 @@ import torch
 from balance_oracle import Expected
 from scipy import stats
 
-from freq_loss_plugin import FreqLossConfig
+from freq_loss_plugin import ConfigError, FreqLossConfig
 from freq_loss_plugin.image_quality.survey import Survey
 from freq_loss_plugin.training.monitor import NonFiniteLossError
 from kohya_patch.host import UnsupportedTrainerError
 from kohya_patch.image_quality import ImageQuality
-from kohya_patch.musubi import timesteps
+from kohya_patch.musubi import network, timesteps
 from kohya_patch.musubi.hook import LossHook
 from kohya_patch.musubi.trainers import FAMILIES, TrainingRun
 from kohya_patch.protocols import IMAGES
@@ -259,6 +259,36 @@ def test_numbers_are_read_once_for_each_optimizer_step_even_where_a_scaler_skips
     assert hook.step == 2
     logs = stand_in.trainer.extra_step_logs(stand_in.args, {})
     assert {"loss/freq_low", "loss/freq_high", "loss/freq_total", "loss/freq_fraction"} <= logs.keys()
+
+
+REFUSED = {
+    "pixels": ("hidream_o1", {}, "HiDream-O1 predicts patches of pixels"),
+    "tokens": ("self_flow", {}, "FLUX.2 Self-Flow trains each token at a noise level of its own"),
+    "two models": ("wan", {"dit_high_noise": "x"}, "freq_loss_timesteps = 'unified' with dit_high_noise"),
+    "two models, images": (
+        "wan",
+        {"dit_high_noise": "x", "dist_match": 0.0, "freq_loss_image_quality": "auto"},
+        "freq_loss_image_quality with dit_high_noise",
+    ),
+    "deepspeed": ("wan", {"deepspeed": True}, "DeepSpeed is on"),
+}
+
+
+@pytest.mark.parametrize(("name", "settings", "words"), REFUSED.values(), ids=REFUSED)
+def test_what_is_not_defined_is_refused_by_name(name, settings, words):
+    undefined = {
+        "hidream_o1": ("hidream_o1_train_network", "HiDreamO1NetworkTrainer"),
+        "self_flow": ("flux_2_train_network_self_flow", "Flux2SelfFlowNetworkTrainer"),
+    }
+    stand_in = musubi_stand_ins.make("flux_2" if name in undefined else name, **{"dist_match": 0.05, **settings})
+    trainer = stand_in.trainer
+    if name in undefined:
+        script, cls = undefined[name]
+        trainer = object.__new__(getattr(musubi_stand_ins.load(script), cls))
+    with pytest.raises(ConfigError, match=words):
+        network.check(TrainingRun(trainer, stand_in.args))
+    vars(stand_in.args).update(dist_match=0.0, freq_loss_image_quality="off")
+    network.check(TrainingRun(trainer, stand_in.args))  # off, everything may train
 
 
 def test_a_trainer_that_mixes_other_noise_levels_is_refused_before_it_trains(monkeypatch):

@@ -228,6 +228,11 @@ WRONG = {
     "guidance token": ({"guidance_token": 8.0}, {}, "guidance_token = 8: replaces the last token of one CLIP"),
     "validation": ({"freq_loss_validation": True}, {}, "musubi-tuner has no validation"),
     "two weightings": ({"freq_loss_balance": "band"}, {"weighting_scheme": "cosmap"}, "both weigh the loss"),
+    "timestep buckets": (
+        {"freq_loss_timesteps": "shared"},
+        {"num_timestep_buckets": 4},
+        "freq_loss_timesteps = 'shared' with num_timestep_buckets = 4",
+    ),
     "block swap": ({}, {"blocks_to_swap": 1}, "freq_loss_timesteps = 'unified' with blocks_to_swap = 1"),
     "no module": ({"freq_loss_network_module": "networks.lora_flux_3"}, {}, "no such Python module"),
 }

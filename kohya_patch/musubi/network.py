@@ -82,6 +82,7 @@ def check(run: TrainingRun) -> FreqLossConfig:
         checks.check_block_swap(config, args)
         checks.check_weighting_scheme(config, args)
         _check_two_models(config, args)
+        _check_timestep_buckets(config, args)
         if _chooses_timesteps(config):
             timesteps.check(run.trainer, args)
     if config.gated:
@@ -135,6 +136,18 @@ def _check_two_models(config: FreqLossConfig, args: argparse.Namespace) -> None:
             f"{key} with dit_high_noise: the timesteps decide which of the two models is trained, and cannot be "
             "changed afterward; set freq_loss_timesteps = 'own' and freq_loss_image_quality = 'off', or train one "
             "model at a time"
+        )
+
+
+def _check_timestep_buckets(config: FreqLossConfig, args: argparse.Namespace) -> None:
+    """musubi-tuner can spread the timesteps of an epoch evenly; those that are drawn by themselves are not."""
+    buckets, shares = getattr(args, "num_timestep_buckets", None) or 0, config.enabled and config.timesteps == "shared"
+    if buckets > 1 and (shares or config.gated):
+        key = "freq_loss_timesteps = 'shared'" if shares else "freq_loss_image_quality"
+        raise ConfigError(
+            f"{key} with num_timestep_buckets = {buckets}: draws timesteps by itself, which would not be spread over "
+            "the buckets; remove num_timestep_buckets, or set freq_loss_timesteps = 'own' and freq_loss_image_quality "
+            "= 'off'"
         )
 
 
