@@ -23,7 +23,7 @@ pytest.importorskip("resvg_py")
 
 from assets.make_tiny_flow import emoji
 from benchmarks.what_helps import __main__ as command
-from benchmarks.what_helps import arms, images, measures, report, training, trial
+from benchmarks.what_helps import arms, images, measures, real_fake, report, training, trial
 from benchmarks.what_helps.emoji import EmojiWorld
 from benchmarks.what_helps.toy import ToyWorld
 
@@ -70,13 +70,13 @@ class Recorded(training.ArmTraining):
         return passed
 
 
-def trained(name, tmp_path, *, chosen="varied", steps=3):
+def trained(name, tmp_path, *, chosen="varied", steps=3, rate=1e-3):
     arm = ALL_ARMS[name]
     folder = tmp_path / chosen
     folder.mkdir(exist_ok=True)
     captions = images.write(WORLD, chosen, images.MIXTURE, 7, folder)
     trainee = WORLD.new(7, torch.device("cpu"))
-    run = Recorded(WORLD, trainee, replace(arm, length=1), captions, seed=7, steps=steps, rate=1e-3)
+    run = Recorded(WORLD, trainee, replace(arm, length=1), captions, seed=7, steps=steps, rate=rate)
     run.run()
     return run, torch.cat([parameter.detach().flatten() for parameter in trainee.parameters])
 
@@ -113,6 +113,11 @@ def test_images_with_defects_train_above_their_least_timestep_alone(tmp_path):
         assert (late >= 600).all()
     restored, _ = trained("image quality", tmp_path, chosen="restored")
     assert not restored.least.any()
+
+
+def test_a_diverged_lora_counts_as_the_base_model(tmp_path):
+    _, weights = trained(arms.PLAIN, tmp_path, rate=1e30)
+    assert not weights.any()
 
 
 def decoded(file_content):
@@ -160,6 +165,29 @@ def test_the_true_images_of_the_emoji_world_are_judged_right():
     assert judged["structure"] > 0.4
     captions = {each.caption for each in prompts} | {each.caption for each in world.uniform(1, 6)}
     assert captions.isdisjoint(each.caption for each in world.training(1, 18)) or len(captions) == 30
+
+
+def test_samples_are_classified_as_the_plan_says(monkeypatch):
+    if not (emoji.DEFAULT_FOLDER / "twitter").is_dir():
+        pytest.skip("the emoji have not been fetched")
+    monkeypatch.setattr(real_fake, "PER_CLASS", real_fake.POOL)
+    task = real_fake.make_task(emoji.concepts(emoji.fetch()), 3)
+    assert len(task.pool) == 12
+    assert all(len(pool) + len(test) >= 24 for pool, test in zip(task.pool, task.test, strict=True))
+    asked = {}
+
+    class Perfect:
+        """Draws what the caption says."""
+
+        def sample(self, captions, **how):
+            asked.update(how, count=len(captions))
+            return real_fake._images(task.pool, "twitter")
+
+    of_samples = real_fake.accuracy_of_samples(Perfect(), task, "twitter", 3)
+    assert asked == {"guidance": 2.0, "strength": 1.0, "steps": 10, "first_seed": 30_000, "count": 12 * 16}
+    # The same images, seen by the classifier that is trained on real ones alone.
+    assert of_samples == real_fake.accuracy_of_real(task, real_fake.POOL, "twitter", 3)
+    assert 2 / 12 < of_samples < 1
 
 
 def test_the_kernel_distance_is_unbiased_and_sees_a_shift():

@@ -123,13 +123,15 @@ class EmojiTrainee:
         return self._model.decode(latents)
 
     @torch.no_grad()
-    def sample(self, captions: list[str], *, guidance: float, strength: float, first_seed: int = 0) -> Tensor:
-        """By Euler's method in 15 steps."""
+    def sample(
+        self, captions: list[str], *, guidance: float, strength: float, first_seed: int = 0, steps: int = 15
+    ) -> Tensor:
+        """By Euler's method."""
         seeds = [torch.Generator().manual_seed(first_seed + number) for number in range(len(captions))]
         noise = torch.stack([torch.randn(4, 16, 16, generator=generator) for generator in seeds])
         set_strength(self._model.transformer, strength)
         parts = [
-            self._model.sample(captions[i : i + 32], noise[i : i + 32].to(self.device), steps=15, guidance=guidance)
+            self._model.sample(captions[i : i + 32], noise[i : i + 32].to(self.device), steps=steps, guidance=guidance)
             for i in range(0, len(captions), 32)
         ]
         set_strength(self._model.transformer, 1.0)

@@ -22,7 +22,7 @@ from assets.make_tiny_flow import emoji
 from .emoji import EmojiTrainee
 
 CLASSES, POOL = 12, 16
-PER_CLASS, GUIDANCE = 100, 2.0
+PER_CLASS, GUIDANCE, SAMPLING_STEPS = 100, 2.0, 10
 _EPOCHS, _BATCH, _RATE, _SIDE, _SHIFT = 15, 32, 3e-3, 32, 3
 
 
@@ -63,7 +63,7 @@ def write(task: Task, k: int, style: str, folder: Path) -> dict[Path, str]:
 def accuracy_of_samples(trainee: EmojiTrainee, task: Task, style: str, seed: int) -> float:
     """Of a classifier that is trained on `PER_CLASS` samples of each class."""
     prompts = [pool[number % POOL].caption(style) for pool in task.pool for number in range(PER_CLASS)]
-    samples = trainee.sample(prompts, guidance=GUIDANCE, strength=1.0, first_seed=10_000 * seed)
+    samples = trainee.sample(prompts, guidance=GUIDANCE, strength=1.0, first_seed=10_000 * seed, steps=SAMPLING_STEPS)
     return accuracy(samples, torch.arange(CLASSES).repeat_interleave(PER_CLASS), task, style, seed)
 
 

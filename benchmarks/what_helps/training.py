@@ -67,7 +67,7 @@ class ArmTraining:
         self._schedule = get_scheduler("cosine", self._optimizer, num_warmup_steps=0, num_training_steps=self.length)
 
     def run(self) -> None:
-        """Train to the end."""
+        """Train to the end. A LoRA that is not finite then is set to zero, which leaves the base model: see plan.md."""
         for number in range(self.length):
             self.add_gradient(number)
             self._term.settle(number + 1)
@@ -75,6 +75,9 @@ class ArmTraining:
             self._optimizer.step()
             self._schedule.step()
             self._optimizer.zero_grad()
+        if not all(parameter.isfinite().all() for parameter in self._trainee.parameters):
+            for parameter in self._trainee.parameters:
+                parameter.data.zero_()
 
     def add_gradient(self, number: int) -> None:
         """Run the passes of batch ``number``."""
