@@ -99,8 +99,9 @@ def plan() -> list[Run]:
             pinned.get(first),
             newest if short else None,
         ),
-        *(Run(sd_scripts=path, marker=f"sd_scripts{but_long}") for path in sd_scripts[1:]),
+        # The longest ones first: two go at a time.
         *(Run(comfyui=path, packages=pinned[path], marker=f"comfyui{but_long}") for path in comfyui[1:]),
+        *(Run(sd_scripts=path, marker=f"sd_scripts{but_long}") for path in sd_scripts[1:]),
         *(Run(musubi_tuner=path, marker=f"musubi_tuner{but_long}") for path in musubi_tuner[1:]),
         *(
             Run(comfyui=path, packages=pinned[path], frontend=newest, marker="browser")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import sys
@@ -31,15 +32,21 @@ def open_page(comfyui_server):
 
     if browser.chromium() is None:
         pytest.skip("no browser: install chromium")
-    return lambda *arguments, **settings: browser.open_page(comfyui_server, *arguments, **settings)
+    with browser.start() as started:
+        yield functools.partial(browser.open_page, started, comfyui_server)
+
+
+@pytest.fixture(scope="module")
+def japanese(open_page):
+    with open_page("ja") as opened:
+        yield opened
 
 
 @pytest.fixture
-def page(open_page):
+def page(japanese):
     """The program in a browser, in Japanese: whatever is not translated shows."""
-    with open_page("ja") as opened:
-        opened.errors.clear()  # what the program itself does while it starts
-        yield opened
+    japanese.errors.clear()  # what the program itself does while it starts, and what a test before did
+    return japanese
 
 
 @pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)
@@ -108,7 +115,7 @@ def test_texts_stay_after_a_job_with_cached_nodes_and_over_a_reload(open_page, r
             # Other values than in any test before: ComfyUI up to 0.3.67 tells a new page nothing of what is cached.
             page.set({"cutoff": 0.2 + 0.01 * number_of_run, "strength_model": 0.9 + 0.01 * number_of_run})
             page.run()
-            page.page.wait_for_timeout(10_000)
+            page.page.wait_for_timeout(3000)
             assert_texts(page, expected)
             page.run()  # everything is cached
             page.page.wait_for_timeout(1000)

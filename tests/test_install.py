@@ -65,6 +65,7 @@ def test_a_folder_without_sd_scripts_is_named(tmp_path):
 
 
 @pytest.mark.sd_scripts
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("old", "words"),
     [

@@ -117,21 +117,31 @@ class Page:
 
 
 @contextlib.contextmanager
-def open_page(
-    server: Server, locale: str = "en", size: tuple[int, int] = (1600, 1000), **settings: Any
-) -> Iterator[Page]:
-    """A page in the given language, with further settings of ComfyUI's; the window closes at the end."""
+def start() -> Iterator[Any]:
+    """Playwright's handle of the browser, which ends with the context."""
     from playwright.sync_api import sync_playwright
 
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+@contextlib.contextmanager
+def open_page(
+    browser: Any, server: Server, locale: str = "en", size: tuple[int, int] = (1600, 1000), **settings: Any
+) -> Iterator[Page]:
+    """A page in the given language, with further settings of ComfyUI's; the window closes at the end."""
     request = urllib.request.Request(
         f"{server.address}/settings",
         json.dumps({**_SETTINGS, "Comfy.VueNodes.Enabled": False, "Comfy.Locale": locale, **settings}).encode(),
         {"Content-Type": "application/json"},
     )
     urllib.request.urlopen(request).read()
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
-        try:
-            yield Page(browser.new_page(viewport={"width": size[0], "height": size[1]}), server)
-        finally:
-            browser.close()
+    page = browser.new_page(viewport={"width": size[0], "height": size[1]})
+    try:
+        yield Page(page, server)
+    finally:
+        page.close()

@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from browser import open_page
+from browser import open_page, start
 from PIL import Image
 from server import PACK, Server
 
@@ -39,7 +39,7 @@ def main() -> None:
         shutil.copy(comfyui / "input" / "example.png", server.folder / "input")
         server.start()
         try:
-            with open_page(server) as page:
+            with start() as browser, open_page(browser, server) as page:
                 for file in sorted((PACK / "example_workflows").glob("*.json")):
                     if numbers and file.stem.split("_")[0] not in numbers:
                         continue
