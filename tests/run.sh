@@ -44,4 +44,8 @@ fi
 # Two processes, each with half of the threads: much of the time goes into programs that start and wait.
 cores=$("$venv/bin/python" -c "import os; print(os.cpu_count())")
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((cores + 1) / 2))}
+# The many programs find all modules compiled, those of the checkouts, too, which stay as they are.
+unset PYTHONDONTWRITEBYTECODE
+PYTHONPYCACHEPREFIX=$(cd "$venv" && pwd)/pycache
+export PYTHONPYCACHEPREFIX
 exec "$venv/bin/python" tests/matrix.py "$@"
