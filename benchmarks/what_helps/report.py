@@ -160,7 +160,7 @@ def write(results: Path, samples: Path) -> None:
         if any(row["arm"] != PLAIN for row in rows):
             (results / f"{study}.md").write_text(tables(study, rows) + "\n", encoding="utf-8")
             _forest(study, rows, results / f"{study}.png")
-            _sheet(study, rows, samples, results / f"{study}_samples.png")
+            _sheet(study, rows, samples, results / f"{study}_samples.jpg")
 
 
 def _difference(values: list[tuple[float, float]], *, is_ratio: bool) -> Difference:
