@@ -36,8 +36,8 @@ _DEFECTS = {
     "enlarged_4_times": Defect(resolution=1 / 4),
     "blurred": Defect(resolution=0.19),
 }
-# The TOML of the demo: an arm of the study of imperfect images (benchmarks/what_helps), its rank, batches and length. The
-# learning rate suits a model of 1/250 of the size of SD1.5.
+# The TOML of the demo: an arm of the study of imperfect images (benchmarks/what_helps), its rank, batches and length.
+# The learning rate suits a model of 1/250 of the size of SD1.5.
 SETTINGS: dict[str, Any] = {
     "resolution": "128",
     "caption_extension": ".txt",
