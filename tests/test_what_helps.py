@@ -12,6 +12,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from PIL import Image
 
 from freq_loss_plugin.training.passes import Pass
@@ -26,11 +27,13 @@ from benchmarks.what_helps import __main__ as command
 from benchmarks.what_helps import arms, images, measures, real_fake, report, training, trial
 from benchmarks.what_helps.emoji import EmojiWorld
 from benchmarks.what_helps.toy import ToyWorld
+from benchmarks.what_helps.world import merged
 
 FOLDER = Path(report.__file__).parent
 ALPHAS = oracle.stable_diffusion_alphas_cumprod()
 ALL_ARMS = {arm.name: arm for arm in (*arms.BALANCE, *arms.IMPERFECT)}
 WORLD = ToyWorld("frames")
+CPU = torch.device("cpu")
 
 
 def a_pass(timesteps=(40, 400, 700, 990), seed=0):
@@ -75,7 +78,7 @@ def trained(name, tmp_path, *, chosen="varied", steps=3, rate=1e-3):
     folder = tmp_path / chosen
     folder.mkdir(exist_ok=True)
     captions = images.write(WORLD, chosen, images.MIXTURE, 7, folder)
-    trainee = WORLD.new(7, torch.device("cpu"))
+    trainee = WORLD.new(7, CPU)
     run = Recorded(WORLD, trainee, replace(arm, length=1), captions, seed=7, steps=steps, rate=rate)
     run.run()
     return run, torch.cat([parameter.detach().flatten() for parameter in trainee.parameters])
@@ -165,6 +168,28 @@ def test_the_true_images_of_the_emoji_world_are_judged_right():
     assert judged["structure"] > 0.4
     captions = {each.caption for each in prompts} | {each.caption for each in world.uniform(1, 6)}
     assert captions.isdisjoint(each.caption for each in world.training(1, 18)) or len(captions) == 30
+
+
+@pytest.mark.parametrize("world", [WORLD, EmojiWorld("twitter")], ids=["toy", "emoji"])
+def test_a_merged_lora_does_the_same_and_goes_back(world):
+    trainee = world.new(0, CPU)
+    for parameter in trainee.parameters:
+        torch.nn.init.normal_(parameter, std=0.05)
+    model = trainee._model.pipeline.unet if world is WORLD else trainee._model.transformer
+    latents, noise = torch.randn(2, 1, 4, 16, 16)
+
+    def predicted(by=trainee):
+        return by.predict(latents, torch.tensor([500]), noise, ["a red circle"])[0].detach()
+
+    beside = predicted()
+    with merged(model, 1.0):
+        assert all(layer.merged for layer in model.modules() if isinstance(layer, LoraLayer))
+        within = predicted()
+    with merged(model, 0.0):
+        without = predicted()
+    for same, as_this in ((within, beside), (predicted(), beside), (without, predicted(world.new(1, CPU)))):
+        torch.testing.assert_close(same, as_this, rtol=1e-4, atol=1e-5)
+    assert (without - beside).abs().max() > 1e-2
 
 
 def test_samples_are_classified_as_the_plan_says(monkeypatch):

@@ -17,7 +17,7 @@ from freq_loss_plugin.image_quality.detectability import signal_to_noise
 from freq_loss_plugin.loss.latents import PredictionType
 from freq_loss_plugin.training.random_streams import separate_random_stream
 
-from .world import Captioned, set_strength
+from .world import Captioned, merged
 
 RANK = 16
 # Every linear layer of both streams, as networks.lora_sd3 of sd-scripts adapts them.
@@ -128,13 +128,12 @@ class EmojiTrainee:
     ) -> Tensor:
         """By Euler's method."""
         seeds = [torch.Generator().manual_seed(first_seed + number) for number in range(len(captions))]
-        noise = torch.stack([torch.randn(4, 16, 16, generator=generator) for generator in seeds])
-        set_strength(self._model.transformer, strength)
-        parts = [
-            self._model.sample(captions[i : i + 32], noise[i : i + 32].to(self.device), steps=steps, guidance=guidance)
-            for i in range(0, len(captions), 32)
-        ]
-        set_strength(self._model.transformer, 1.0)
+        noise = torch.stack([torch.randn(4, 16, 16, generator=generator) for generator in seeds]).to(self.device)
+        with merged(self._model.transformer, strength):
+            parts = [
+                self._model.sample(captions[i : i + 32], noise[i : i + 32], steps=steps, guidance=guidance)
+                for i in range(0, len(captions), 32)
+            ]
         return self.decode(torch.cat(parts))
 
     def _encoded(self, caption: str) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from freq_loss_plugin.toy_model import model_folder
 from freq_loss_plugin.toy_model.attributes import frame_fraction, measure, weave_agreement
 from freq_loss_plugin.toy_model.scenes import STYLES, Scene, draw, random_scene
 
-from .world import Captioned, set_strength
+from .world import Captioned, merged
 
 RANK = 16
 _STRUCTURE = ("position", "color", "shape")
@@ -131,9 +131,8 @@ class ToyTrainee:
     def sample(self, captions: list[str], *, guidance: float, strength: float, first_seed: int = 0) -> Tensor:
         """By DDIM in ten steps."""
         scheduler = self._model.scheduler
-        set_strength(self._model.pipeline.unet, strength)
-        samples = sample(self._model, Sampling(captions, steps=10, guidance=guidance, seed=first_seed), (128, 128))
-        set_strength(self._model.pipeline.unet, 1.0)
+        with merged(self._model.pipeline.unet, strength):
+            samples = sample(self._model, Sampling(captions, steps=10, guidance=guidance, seed=first_seed), (128, 128))
         self._model.pipeline.scheduler = scheduler
         return samples
 

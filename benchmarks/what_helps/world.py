@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from freq_loss_plugin.loss.latents import PredictionType
@@ -79,9 +81,14 @@ class World(Protocol):
         """What samples show of their captions and of the style, each 0..1."""
 
 
-def set_strength(model: nn.Module, strength: float) -> None:
-    """Scale what PEFT's LoRA layers add; their alpha equals their rank."""
-    for module in model.modules():
-        scaling = getattr(module, "scaling", None)
-        if isinstance(scaling, dict):
-            scaling.update(dict.fromkeys(scaling, strength))
+@contextmanager
+def merged(model: nn.Module, strength: float) -> Iterator[None]:
+    """Have PEFT's LoRA, whose alpha equals its rank, in the model's weights: the same up to rounding, and faster."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        layer.scaling.update(dict.fromkeys(layer.scaling, strength))
+        layer.merge()
+    yield
+    for layer in layers:
+        layer.unmerge()
+        layer.scaling.update(dict.fromkeys(layer.scaling, 1.0))
