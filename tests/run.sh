@@ -11,7 +11,8 @@ cd "$(dirname "$0")/.."
 
 venv=${VENV:-.venv}
 [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
-install=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check)
+# Modules are compiled below, when they are first imported: most of those that come along never are.
+install=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile)
 "${install[@]}" pytest
 sd_scripts=$("$venv/bin/python" tests/hosts.py sd-scripts)
 comfyui=$("$venv/bin/python" tests/hosts.py ComfyUI)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import forks
 import toml
 from runs import ROOT, Run
 
@@ -75,21 +74,7 @@ class MusubiTuner:
         return Run(folder, done.returncode, done.stdout)
 
     def _call(self, command: list[str]) -> subprocess.CompletedProcess[str]:
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join((str(ROOT), str(self.path / "src"), str(HERE))),
-            "HF_HUB_OFFLINE": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-            "ACCELERATE_USE_CPU": "true",
-        }
-        return subprocess.run(
-            [sys.executable, *command],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=300,
-        )
+        return forks.run(command, [ROOT, self.path / "src", HERE], timeout=300)
 
     @staticmethod
     def _check(done: subprocess.CompletedProcess[str]) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import forks
 import toml
 
 HERE = Path(__file__).resolve().parent
@@ -86,7 +84,7 @@ class SdScripts:
         script: str = "train_network.py",
         freq_loss: dict[str, Any] | None = None,
         processes: int = 1,
-        timeout: float = 300,
+        timeout: int = 300,
         **settings: Any,
     ) -> Run:
         """Run the script with a TOML made of small defaults, ``settings`` and a section ``[freq_loss]``."""
@@ -97,24 +95,13 @@ class SdScripts:
             config["freq_loss"] = freq_loss
         config["training"].setdefault("network_module", "networks.lora")
         (folder / "config.toml").write_text(toml.dumps(config), encoding="utf-8")
-        launcher = [sys.executable]
-        if processes > 1:
-            # What `accelerate launch` starts for several processes; its own CPU launcher wants MPI.
-            launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        # What `accelerate launch` starts for several processes; its own CPU launcher wants MPI.
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] * (processes > 1)
         command = [*launcher, str(HERE / "launch.py"), "--record", str(folder / "events")]
         if self.unet_config is not None:
             command += ["--unet", str(self.unet_config)]
         command += [str(self.path / script), "--config_file", str(folder / "config.toml"), *arguments]
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "HF_HUB_OFFLINE": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-            "ACCELERATE_USE_CPU": "true",
-        }
-        done = subprocess.run(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout
-        )
+        done = forks.run(command, [ROOT], timeout)
         return Run(folder, done.returncode, done.stdout)
 
     def _defaults(self, folder: Path) -> dict[str, Any]:

@@ -1,0 +1,98 @@
+"""Runs Python scripts as forks of a process that has imported the packages which all of them import.
+
+A short training run spends most of its time on importing PyTorch, diffusers and transformers. A fork has them, and is
+otherwise what ``python SCRIPT ARGUMENT ...`` is: the script runs as ``__main__`` with its own arguments, environment
+and path, and ends as Python ends. Neither the plug-in nor a host is imported before.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import importlib
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+_PACKAGES = (
+    "accelerate",
+    "cv2",
+    "diffusers.models.autoencoders.autoencoder_kl",
+    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
+    "tensorboard.compat.proto.event_pb2",
+    "torch.utils.tensorboard",
+    "torchvision.transforms",
+    "transformers.models.clip.modeling_clip",
+)
+
+
+def run(command: list[str], path: list[Path], timeout: int) -> subprocess.CompletedProcess[str]:
+    """Run Python with a command, and ``path`` as PYTHONPATH; the output is what it wrote to both streams.
+
+    A script that takes longer than ``timeout`` seconds is killed, and its return code is negative. Modules (``-m``) are
+    run by a new Python.
+    """
+    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join(map(str, path))}
+    if command[0] == "-m":
+        with_python = [sys.executable, *command]
+        both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        return subprocess.run(with_python, env=environment, text=True, timeout=timeout, **both)
+    server = _server()
+    assert server.stdin is not None
+    assert server.stdout is not None
+    with tempfile.NamedTemporaryFile("r", encoding="utf-8") as output:
+        request = {"command": command, "environment": environment, "output": output.name, "timeout": timeout}
+        server.stdin.write(json.dumps(request) + "\n")
+        server.stdin.flush()
+        status = int(server.stdout.readline())
+        return subprocess.CompletedProcess(command, status, output.read())
+
+
+@functools.cache
+def _server() -> subprocess.Popen[str]:
+    """One for each process of pytest."""
+    environment = {name: value for name, value in (os.environ | ENVIRONMENT).items() if name != "PYTHONPATH"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    server = subprocess.Popen([sys.executable, __file__], env=environment, text=True, **pipes)
+    atexit.register(server.__exit__, None, None, None)  # closes its input, at which it ends
+    return server
+
+
+def main() -> None:
+    """Serve; in a fork, run what is asked for."""
+    for package in _PACKAGES:
+        with contextlib.suppress(ImportError):  # one that these hosts do not need
+            importlib.import_module(package)
+    for line in iter(sys.stdin.readline, ""):
+        process = os.fork()
+        if process == 0:
+            _become(json.loads(line))
+            return
+        print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
+
+
+def _become(request: dict[str, Any]) -> None:
+    """Run a script in this process."""
+    signal.alarm(request["timeout"])
+    with Path(request["output"]).open("wb") as output, Path(os.devnull).open() as nothing:
+        for stream, descriptor in ((nothing, 0), (output, 1), (output, 2)):
+            os.dup2(stream.fileno(), descriptor)
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    script, *_ = sys.argv = request["command"]
+    sys.orig_argv = [sys.executable, *sys.argv]
+    added = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    sys.path[:1] = [str(Path(script).resolve().parent), *added]
+    runpy.run_path(script, run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
