@@ -77,7 +77,7 @@ class Run:
 
     def command(self, arguments: Sequence[str]) -> list[str]:
         """The command line, with the user's own arguments for pytest."""
-        # Runs with a marker are short and go two at a time; the one with all tests has both processes.
+        # Runs with a marker go one after the other beside the one with all tests, which often waits for programs.
         how = ["-m", self.marker, "-p", "no:cacheprovider"] if self.marker else ["--numprocesses=2", "--dist=loadfile"]
         return [sys.executable, "-m", "pytest", *how, *arguments]
 
@@ -99,7 +99,6 @@ def plan() -> list[Run]:
             pinned.get(first),
             newest if short else None,
         ),
-        # The longest ones first: two go at a time.
         *(Run(comfyui=path, packages=pinned[path], marker=f"comfyui{but_long}") for path in comfyui[1:]),
         *(Run(sd_scripts=path, marker=f"sd_scripts{but_long}") for path in sd_scripts[1:]),
         *(Run(musubi_tuner=path, marker=f"musubi_tuner{but_long}") for path in musubi_tuner[1:]),
@@ -113,13 +112,11 @@ def plan() -> list[Run]:
 
 def main() -> int:
     """Run the plan; the exit status is that of a failed run, or 0."""
-    first, *further = plan()
-    arguments = sys.argv[1:]
-    results = [_run(first, arguments)]
+    runs = plan()
     with ThreadPoolExecutor(max_workers=2) as two_at_a_time:
-        results += two_at_a_time.map(lambda run: _run(run, arguments), further)
+        results = list(two_at_a_time.map(lambda run: _run(run, sys.argv[1:]), runs))
     print("\nwhat ran:")
-    for run, (status, summary) in zip([first, *further], results, strict=True):
+    for run, (status, summary) in zip(runs, results, strict=True):
         print(f"  {'FAILED: ' if status else ''}{run.title}: {summary}")
     for version in (*SD_SCRIPTS.not_found(), *COMFYUI.not_found(), *MUSUBI_TUNER.not_found()):
         print(f"  not run: {version}, of which there is no checkout")
@@ -127,7 +124,7 @@ def main() -> int:
 
 
 def _run(run: Run, arguments: Sequence[str]) -> tuple[int, str]:
-    """pytest's exit status and last line. Its output is shown as it comes, or, where two run, at the end."""
+    """pytest's exit status and last line. Its output is shown as it comes, or, with a marker, at the end."""
     begin = time.monotonic()
     environment = {**os.environ, **run.environment}
     at_once = not run.marker
