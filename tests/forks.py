@@ -37,8 +37,8 @@ _PACKAGES = (
 def run(command: list[str], path: list[Path], timeout: int) -> subprocess.CompletedProcess[str]:
     """Run Python with a command, and ``path`` as PYTHONPATH; the output is what it wrote to both streams.
 
-    A script that takes longer than ``timeout`` seconds is killed, and its return code is negative. Modules (``-m``), and
-    everything on Windows, are run by a new Python.
+    A script that takes longer than ``timeout`` seconds is killed, and its return code is negative. Modules (``-m``) are
+    run by a new Python, as everything is on Windows.
     """
     environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join(map(str, path))}
     if command[0] == "-m" or not hasattr(os, "fork"):
