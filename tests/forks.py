@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
 _PACKAGES = (
     "accelerate",
     "cv2",
@@ -40,7 +40,7 @@ def run(command: list[str], path: list[Path], timeout: int) -> subprocess.Comple
     A script that takes longer than ``timeout`` seconds is killed, and its return code is negative. Modules (``-m``) are
     run by a new Python, as everything is on Windows.
     """
-    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join(map(str, path))}
+    environment = {**os.environ, **_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(map(str, path))}
     if command[0] == "-m" or not hasattr(os, "fork"):
         with_python = [sys.executable, *command]
         both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
@@ -59,7 +59,7 @@ def run(command: list[str], path: list[Path], timeout: int) -> subprocess.Comple
 @functools.cache
 def _server() -> subprocess.Popen[str]:
     """One for each process of pytest."""
-    environment = {name: value for name, value in (os.environ | ENVIRONMENT).items() if name != "PYTHONPATH"}
+    environment = {name: value for name, value in (os.environ | _ENVIRONMENT).items() if name != "PYTHONPATH"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     server = subprocess.Popen([sys.executable, __file__], env=environment, text=True, **pipes)
     atexit.register(server.__exit__, None, None, None)  # closes its input, at which it ends
