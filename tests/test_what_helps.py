@@ -20,7 +20,9 @@ pytest.importorskip("statsmodels")
 pytest.importorskip("diffusers")
 pytest.importorskip("efficientnet_lite_pytorch")
 pytest.importorskip("resvg_py")
-lora = pytest.importorskip("peft.tuners.lora")
+pytest.importorskip("peft")
+
+from peft.tuners.lora import LoraLayer
 
 from assets.make_tiny_flow import emoji
 from benchmarks.what_helps import __main__ as command
@@ -183,7 +185,7 @@ def test_a_merged_lora_does_the_same_and_goes_back(world):
 
     beside = predicted()
     with merged(model, 1.0):
-        assert all(layer.merged for layer in model.modules() if isinstance(layer, lora.LoraLayer))
+        assert all(layer.merged for layer in model.modules() if isinstance(layer, LoraLayer))
         within = predicted()
     with merged(model, 0.0):
         without = predicted()
