@@ -36,7 +36,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10, help="how many")
     parser.add_argument("--first_seed", type=int, default=1000)
     parser.add_argument("--styles", nargs="+", choices=(*trial.TOY, *trial.EMOJI), help="some of them")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    names = dict.fromkeys(arm.name for arms in ARMS.values() for arm in arms)
+    parser.add_argument("--arms", nargs="+", choices=names, metavar="ARM", help="some of them, as in the tables")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder; without rates.csv, our rates hold")
     parser.add_argument("--output", type=Path, default=Path("output/what_helps"), help="where samples are kept")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--device", default="cpu")
@@ -51,11 +53,17 @@ def _run_all(options: argparse.Namespace) -> None:
     if options.study == "rates":
         trials = trial.rate_trials()
     else:
-        rates = report.best_rates(report.read(options.results / "rates.csv"))
+        rates = report.best_rates(report.read(options.results / "rates.csv") or report.read(RESULTS / "rates.csv"))
         trials = trial.STUDIES[options.study](seeds, rates)
     file = options.results / f"{options.study}.csv"
     done = {tuple(row[name] for name in report.KEY) for row in report.read(file)}
-    trials = [each for each in trials if each.key not in done and each.style in (options.styles or each.style)]
+    trials = [
+        each
+        for each in trials
+        if each.key not in done
+        and each.style in (options.styles or [each.style])
+        and each.arm in (options.arms or [each.arm])
+    ]
     options.results.mkdir(parents=True, exist_ok=True)
     options.output.mkdir(parents=True, exist_ok=True)
     if options.study != "real_fake":

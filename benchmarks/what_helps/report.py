@@ -141,8 +141,8 @@ def tables(study: str, rows: Sequence[Row]) -> str:
     others = _tables_by_model(differences(rows, SECONDARY), SECONDARY, set())
     lines += ["", "Other measures, without a correction:", *others] if others else []
     for control in CONTROLS[study]:
-        lines += ["", f"Difference from {control}:"]
-        lines += _tables_by_model(differences(rows, primary, control), primary, set())
+        table = _tables_by_model(differences(rows, primary, control), primary, set())
+        lines += ["", f"Difference from {control}:", *table] if table else []
     for setting in (", guidance 1", ", strength 0.7"):
         names = {f"{name}{setting}": better for name, better in primary.items() if name != "validation"}
         table = _tables_by_model(differences(rows, names), names, set())
