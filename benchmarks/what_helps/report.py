@@ -52,6 +52,15 @@ CONTROLS = {
     "imperfect": ("sharp images alone", "min_timestep = 600 for all"),
     "real_fake": (REAL,),
 }
+# The arms and measures of the plot in the README.
+TITLES = {"balance": "sharp images", "imperfect": "mostly imperfect images"}
+MAIN = {
+    "balance": ("twice the steps", "debiased estimation", "balance by timestep", "distribution term, 10%"),
+    "imperfect": (*CONTROLS["imperfect"], "image quality", "image quality, balance by band"),
+}
+MAIN_MEASURES = PRIMARY["balance"] | PRIMARY["imperfect"]
+del MAIN_MEASURES["background"], MAIN_MEASURES["color error"]
+_MODELS = {"toy": "toy, epsilon", "emoji": "emoji, flow"}
 _SECOND_MODEL = ("twitter", "line art")
 
 
@@ -126,10 +135,9 @@ def tables(study: str, rows: Sequence[Row]) -> str:
     """Markdown: every arm's difference from plain MSE in the primary measures, the others, and from the controls."""
     primary, single = PRIMARY[study], [row for row in rows if row["defect"] in DEFECTS]
     rows = [row for row in rows if row["defect"] not in DEFECTS]
-    compared = differences(rows, primary)
-    judged = {each: value for each, value in compared.items() if each.arm != SHAM}
-    marked = surviving(judged)
-    excluding = sum(value.p < 0.05 for value in judged.values())
+    compared, marked = _judged(study, rows)
+    judged = [value for each, value in compared.items() if each.arm != SHAM]
+    excluding = sum(value.p < 0.05 for value in judged)
     lines = [
         f"{len(rows)} trials, seeds {min(row['seed'] for row in rows)} to {max(row['seed'] for row in rows)}.",
         "",
@@ -154,13 +162,20 @@ def tables(study: str, rows: Sequence[Row]) -> str:
 
 
 def write(results: Path, samples: Path) -> None:
-    """Tables and plots of the studies that have results."""
-    for study in PRIMARY:
-        rows = read(results / f"{study}.csv")
-        if any(row["arm"] != PLAIN for row in rows):
-            (results / f"{study}.md").write_text(tables(study, rows) + "\n", encoding="utf-8")
-            _forest(study, rows, results / f"{study}.png")
-            _sheet(study, rows, samples, results / f"{study}_samples.jpg")
+    """Tables and plots of the studies that have results, and a plot of the main arms of all."""
+    found = {study: rows for study in PRIMARY if (rows := read(results / f"{study}.csv"))}
+    for study, rows in found.items():
+        (results / f"{study}.md").write_text(tables(study, rows) + "\n", encoding="utf-8")
+        _forest({study: ()}, results, PRIMARY[study], results / f"{study}.png")
+        _sheet(study, rows, samples, results / f"{study}_samples.jpg")
+    if MAIN.keys() <= found.keys():
+        _forest(MAIN, results, MAIN_MEASURES, results / "main.png")
+
+
+def _judged(study: str, rows: Sequence[Row]) -> tuple[dict[Comparison, Difference], set[Comparison]]:
+    """The primary comparisons of a study, without single defects, and those that survive the correction."""
+    compared = differences([row for row in rows if row["defect"] not in DEFECTS], PRIMARY[study])
+    return compared, surviving({each: value for each, value in compared.items() if each.arm != SHAM})
 
 
 def _difference(values: list[tuple[float, float]], *, is_ratio: bool) -> Difference:
@@ -216,32 +231,44 @@ def _order(arm: str) -> int:
     return [each.name for some in ARMS.values() for each in some].index(arm)
 
 
-def _forest(study: str, rows: Sequence[Row], file: Path) -> None:
-    """One panel for each primary measure, one line for each arm and model, the interval of its difference."""
-    measures = PRIMARY[study]
-    compared = differences([row for row in rows if row["defect"] not in DEFECTS], measures)
-    lines = [
-        (model, arm)
-        for arm in sorted({each.arm for each in compared}, key=_order, reverse=True)
-        for model in ("emoji", "toy")
-        if any(each[:2] == (model, arm) for each in compared)
-    ]
+def _forest(studies: dict[str, tuple[str, ...]], results: Path, measures: Mapping[str, bool], file: Path) -> None:
+    """One panel for each measure, one line for each arm and model, the interval of its difference.
+
+    Args:
+        studies: those that are shown, each with its arms; all that it has, if there are none.
+        measures: name to whether more is better; shown are those that are primary ones of a study.
+    """
+    lines: list[tuple[str, dict[str, tuple[Difference, bool]]]] = []
+    for study, arms in reversed(studies.items()):
+        compared, marked = _judged(study, read(results / f"{study}.csv"))
+        for arm in sorted(arms or {each.arm for each in compared}, key=_order, reverse=True):
+            for model in ("emoji", "toy"):
+                of_arm = {
+                    each.measure: (value, each in marked)
+                    for each, value in compared.items()
+                    if (each.model, each.arm) == (model, arm)
+                }
+                lines += [(f"{arm} ({_MODELS[model]})", of_arm)] if of_arm else []
+        lines += [(f"{TITLES[study]}:", {})] if len(studies) > 1 else []
     columns = min(3, len(measures))
     panels = -(-len(measures) // columns)
     figure = new_figure(500 * columns, 90 + panels * (60 + 19 * len(lines)), dpi=100, layout="constrained")
     axes = figure.subplots(panels, columns, sharey=True, squeeze=False)
     for axis, (measure, more_is_better) in zip(axes.flat, measures.items(), strict=True):
-        for place, (model, arm) in enumerate(lines):
-            value = compared.get(Comparison(model, arm, measure))
-            if value is not None:
+        for place, (_, of_arm) in enumerate(lines):
+            if measure in of_arm:
+                value, survives = of_arm[measure]
                 color = {"": COLORS[1], "+": COLORS[3], "-": COLORS[2]}[_sign(value, more_is_better=more_is_better)]
-                axis.errorbar(value.mean, place, xerr=value.half_width, fmt="o", color=color, markersize=4)
+                face = color if survives else "white"
+                axis.errorbar(value.mean, place, xerr=value.half_width, color=color, fmt="o", mfc=face, markersize=5)
         axis.axvline(0, color=COLORS[0], linewidth=0.8)
         axis.set_title(f"{measure} ({'more' if more_is_better else 'less'} is better)", fontsize=10)
-        axis.set_yticks(range(len(lines)), [f"{arm} ({model})" for model, arm in lines], fontsize=8)
+        axis.set_yticks(range(len(lines)), [label for label, _ in lines], fontsize=8)
         axis.tick_params(axis="x", labelsize=8)
     figure.suptitle(
-        "difference from plain MSE, mean and 95% interval: blue better, orange worse, gray neither", size=10
+        "difference from plain MSE, mean and 95% interval: blue better, orange worse, gray neither; "
+        "filled: survives the correction",
+        size=10,
     )
     figure.savefig(file)
 
