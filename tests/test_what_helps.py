@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -238,6 +239,7 @@ def test_differences_are_paired_and_ratios_are_of_errors():
     assert found["toy", "balance by band", "structure"][:2] == (0.5, 0.0)
     assert found["toy", "balance by band", "validation"].mean == pytest.approx(-0.2)
     assert report.differences(rows, ("structure",), "twice the steps") == {}
+    assert report.differences(rows, ("texture",)) == {}  # measured in no row
 
 
 def test_intervals_are_students():
@@ -318,3 +320,9 @@ def test_the_published_tables_are_those_of_the_results():
             text = (FOLDER / "results" / f"{study}.md").read_text(encoding="utf-8")
             assert report.tables(study, rows) + "\n" == text
             assert not re.search(r"\bnan\b|\binf\b", text)
+    repeated = report.read(FOLDER / "results" / "repeat" / "imperfect.csv")
+    assert Counter(row["arm"] for row in repeated) == dict.fromkeys(
+        (arms.PLAIN, "image quality", "image quality, balance by band"), 20
+    )
+    text = (FOLDER / "results" / "repeat" / "imperfect.md").read_text(encoding="utf-8")
+    assert report.tables("imperfect", repeated) + "\n" == text

@@ -116,7 +116,7 @@ def differences(rows: Iterable[Row], measures: Iterable[str], control: str = PLA
     for (model, arm), trials in by_arm.items():
         others = by_arm.get((model, control), {})
         for measure in measures:
-            pairs = [(row[measure], others[key][measure]) for key, row in trials.items() if key in others]
+            pairs = [(row.get(measure), others[key].get(measure)) for key, row in trials.items() if key in others]
             values = [(float(one), float(other)) for one, other in pairs if one and other]
             if arm != control and len(values) > 1:
                 found[Comparison(model, arm, measure)] = _difference(values, is_ratio=measure.startswith("validation"))

@@ -36,8 +36,8 @@ _DEFECTS = {
     "enlarged_4_times": Defect(resolution=1 / 4),
     "blurred": Defect(resolution=0.19),
 }
-# The TOML of the demo: an arm of the study of imperfect images (benchmarks/what_helps), its rank, batches, rate and length.
-# The learning rate is the best one for both arms there; it suits a model of 1/250 of the size of SD1.5.
+# The TOML of the demo: an arm of the study of imperfect images (benchmarks/what_helps), its rank, batches and length.
+# The learning rate was best there, for plain MSE as well; it suits a model of 1/250 of the size of SD1.5.
 SETTINGS: dict[str, Any] = {
     "resolution": "128",
     "caption_extension": ".txt",
