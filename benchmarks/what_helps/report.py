@@ -262,6 +262,7 @@ def _forest(studies: dict[str, tuple[str, ...]], results: Path, measures: Mappin
                 face = color if survives else "white"
                 axis.errorbar(value.mean, place, xerr=value.half_width, color=color, fmt="o", mfc=face, markersize=5)
         axis.axvline(0, color=COLORS[0], linewidth=0.8)
+        axis.set_ylim(-0.7, len(lines) - 0.3)
         axis.set_title(f"{measure} ({'more' if more_is_better else 'less'} is better)", fontsize=10)
         axis.set_yticks(range(len(lines)), [label for label, _ in lines], fontsize=8)
         axis.tick_params(axis="x", labelsize=8)
