@@ -24,7 +24,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from . import report, trial
+from . import plots, report, trial
 from .arms import ARMS
 
 RESULTS = Path(__file__).parent / "results"
@@ -45,7 +45,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.study != "report":
         _run_all(options)
-    report.write(options.results, options.output)
+    _write(options.results, options.output)
 
 
 def _run_all(options: argparse.Namespace) -> None:
@@ -75,6 +75,17 @@ def _run_all(options: argparse.Namespace) -> None:
         waiting = [pool.submit(trial.run_alone, each, options.output, options.device) for each in trials]
         for ended in tqdm(as_completed(waiting), total=len(waiting), file=sys.stdout):
             _append(ended.result(), file)
+
+
+def _write(results: Path, samples: Path) -> None:
+    """Tables and plots of the studies that have results, and a plot of the main arms of all."""
+    found = {study: rows for study in report.PRIMARY if (rows := report.read(results / f"{study}.csv"))}
+    for study, rows in found.items():
+        (results / f"{study}.md").write_text(report.tables(study, rows) + "\n", encoding="utf-8")
+        plots.forest({study: ()}, results, report.PRIMARY[study], results / f"{study}.png")
+        plots.sheet(study, rows, samples, results / f"{study}_samples.jpg")
+    if plots.MAIN.keys() <= found.keys():
+        plots.forest(plots.MAIN, results, plots.MAIN_MEASURES, results / "main.png")
 
 
 def _append(row: dict[str, Any], file: Path) -> None:

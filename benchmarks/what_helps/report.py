@@ -1,4 +1,4 @@
-"""Tables and plots of the studies: paired differences, 95% intervals, Holm's correction. See plan.md.
+"""Tables of the studies: paired differences, 95% intervals, Holm's correction. See plan.md.
 
 A pair is a style, a defect and a seed, trained in two arms. The interval of a mean difference is Student's, over pairs.
 """
@@ -16,10 +16,8 @@ import numpy as np
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
-from freq_loss_plugin.analysis.figures import COLORS, new_figure
-
 from .arms import ARMS, PLAIN, REAL, SHAM
-from .images import DEFECTS, MIXTURE
+from .images import DEFECTS
 
 KEY = ("arm", "images", "defect", "seed", "rate")
 Row = Mapping[str, str]
@@ -52,15 +50,6 @@ CONTROLS = {
     "imperfect": ("sharp images alone", "min_timestep = 600 for all"),
     "real_fake": (REAL,),
 }
-# The arms and measures of the plot in the README.
-TITLES = {"balance": "sharp images", "imperfect": "mostly imperfect images"}
-MAIN = {
-    "balance": ("twice the steps", "debiased estimation", "balance by timestep", "distribution term, 10%"),
-    "imperfect": (*CONTROLS["imperfect"], "image quality", "image quality, balance by band"),
-}
-MAIN_MEASURES = PRIMARY["balance"] | PRIMARY["imperfect"]
-del MAIN_MEASURES["background"], MAIN_MEASURES["color error"]
-_MODELS = {"toy": "toy, epsilon", "emoji": "emoji, flow"}
 _SECOND_MODEL = ("twitter", "line art")
 
 
@@ -135,7 +124,7 @@ def tables(study: str, rows: Sequence[Row]) -> str:
     """Markdown: every arm's difference from plain MSE in the primary measures, the others, and from the controls."""
     primary, single = PRIMARY[study], [row for row in rows if row["defect"] in DEFECTS]
     rows = [row for row in rows if row["defect"] not in DEFECTS]
-    compared, marked = _judged(study, rows)
+    compared, marked = judge(study, rows)
     judged = [value for each, value in compared.items() if each.arm != SHAM]
     excluding = sum(value.p < 0.05 for value in judged)
     lines = [
@@ -161,18 +150,7 @@ def tables(study: str, rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def write(results: Path, samples: Path) -> None:
-    """Tables and plots of the studies that have results, and a plot of the main arms of all."""
-    found = {study: rows for study in PRIMARY if (rows := read(results / f"{study}.csv"))}
-    for study, rows in found.items():
-        (results / f"{study}.md").write_text(tables(study, rows) + "\n", encoding="utf-8")
-        _forest({study: ()}, results, PRIMARY[study], results / f"{study}.png")
-        _sheet(study, rows, samples, results / f"{study}_samples.jpg")
-    if MAIN.keys() <= found.keys():
-        _forest(MAIN, results, MAIN_MEASURES, results / "main.png")
-
-
-def _judged(study: str, rows: Sequence[Row]) -> tuple[dict[Comparison, Difference], set[Comparison]]:
+def judge(study: str, rows: Sequence[Row]) -> tuple[dict[Comparison, Difference], set[Comparison]]:
     """The primary comparisons of a study, without single defects, and those that survive the correction."""
     compared = differences([row for row in rows if row["defect"] not in DEFECTS], PRIMARY[study])
     return compared, surviving({each: value for each, value in compared.items() if each.arm != SHAM})
@@ -206,7 +184,7 @@ def _tables_by_model(
         if not names:
             continue
         lines += ["", f"| {model} | pairs | {' | '.join(names)} |", "|---" * (2 + len(names)) + "|"]
-        for arm in sorted(arms, key=_order):
+        for arm in sorted(arms, key=order):
             cells = []
             for name in names:
                 each = Comparison(model, arm, name)
@@ -217,83 +195,17 @@ def _tables_by_model(
 
 
 def _cell(value: Difference, *, more_is_better: bool, survives: bool) -> str:
-    sign = _sign(value, more_is_better=more_is_better) * (2 if survives else 1)
-    return f"{value.mean:+.3f} ± {value.half_width:.3f} {sign}".rstrip()
+    marks = sign(value, more_is_better=more_is_better) * (2 if survives else 1)
+    return f"{value.mean:+.3f} ± {value.half_width:.3f} {marks}".rstrip()
 
 
-def _sign(value: Difference, *, more_is_better: bool) -> str:
+def sign(value: Difference, *, more_is_better: bool) -> str:
+    """``+`` better, ``-`` worse, and nothing where the interval has 0 in it."""
     if abs(value.mean) <= value.half_width or abs(value.mean) < 5e-4:
         return ""
     return "+" if (value.mean > 0) == more_is_better else "-"
 
 
-def _order(arm: str) -> int:
+def order(arm: str) -> int:
+    """The place of an arm in tables and plots."""
     return [each.name for some in ARMS.values() for each in some].index(arm)
-
-
-def _forest(studies: dict[str, tuple[str, ...]], results: Path, measures: Mapping[str, bool], file: Path) -> None:
-    """One panel for each measure, one line for each arm and model, the interval of its difference.
-
-    Args:
-        studies: those that are shown, each with its arms; all that it has, if there are none.
-        measures: name to whether more is better; shown are those that are primary ones of a study.
-    """
-    lines: list[tuple[str, dict[str, tuple[Difference, bool]]]] = []
-    for study, arms in reversed(studies.items()):
-        compared, marked = _judged(study, read(results / f"{study}.csv"))
-        for arm in sorted(arms or {each.arm for each in compared}, key=_order, reverse=True):
-            for model in ("emoji", "toy"):
-                of_arm = {
-                    each.measure: (value, each in marked)
-                    for each, value in compared.items()
-                    if (each.model, each.arm) == (model, arm)
-                }
-                lines += [(f"{arm} ({_MODELS[model]})", of_arm)] if of_arm else []
-        lines += [(f"{TITLES[study]}:", {})] if len(studies) > 1 else []
-    columns = min(3, len(measures))
-    panels = -(-len(measures) // columns)
-    figure = new_figure(500 * columns, 90 + panels * (60 + 19 * len(lines)), dpi=100, layout="constrained")
-    axes = figure.subplots(panels, columns, sharey=True, squeeze=False)
-    for axis, (measure, more_is_better) in zip(axes.flat, measures.items(), strict=True):
-        for place, (_, of_arm) in enumerate(lines):
-            if measure in of_arm:
-                value, survives = of_arm[measure]
-                color = {"": COLORS[1], "+": COLORS[3], "-": COLORS[2]}[_sign(value, more_is_better=more_is_better)]
-                face = color if survives else "white"
-                axis.errorbar(value.mean, place, xerr=value.half_width, color=color, fmt="o", mfc=face, markersize=5)
-        axis.axvline(0, color=COLORS[0], linewidth=0.8)
-        axis.set_ylim(-0.7, len(lines) - 0.3)
-        axis.set_title(f"{measure} ({'more' if more_is_better else 'less'} is better)", fontsize=10)
-        axis.set_yticks(range(len(lines)), [label for label, _ in lines], fontsize=8)
-        axis.tick_params(axis="x", labelsize=8)
-    figure.suptitle(
-        "difference from plain MSE, mean and 95% interval: blue better, orange worse, gray neither; "
-        "filled: survives the correction",
-        size=10,
-    )
-    figure.savefig(file)
-
-
-def _sheet(study: str, rows: Sequence[Row], folder: Path, file: Path, count: int = 6) -> None:
-    """The first samples of every arm, with the first seed, for each style; where they have been kept."""
-    shown = {
-        (row["arm"], row["images"]): folder / f"{study}-{'-'.join(row[name] for name in KEY).replace(' ', '_')}.npy"
-        for row in sorted(rows, key=lambda row: int(row["seed"]), reverse=True)
-        if row["defect"] in ("none", MIXTURE)
-    }
-    shown = {key: samples for key, samples in shown.items() if samples.is_file() and key[0] != SHAM}
-    if not shown:
-        return
-    arms = sorted({arm for arm, _ in shown}, key=_order)
-    styles = list(dict.fromkeys(style for _, style in shown))
-    figure = new_figure(260 + 100 * count * len(styles), 104 * len(arms), dpi=100, layout="constrained")
-    axes = figure.subplots(len(arms), count * len(styles), squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
-    for line, arm in enumerate(arms):
-        for place, style in enumerate(styles):
-            if (arm, style) in shown:
-                for column, image in enumerate(np.load(shown[arm, style])[:count]):
-                    axes[line, place * count + column].imshow(image.transpose(1, 2, 0))
-        axes[line, 0].set_title(arm, fontsize=8, loc="left")
-    figure.savefig(file)
