@@ -1,8 +1,8 @@
-"""Runs Python scripts as forks of a process that has imported the packages which all of them import.
+"""Runs Python scripts and modules as forks of a process that has imported the packages which all of them import.
 
 A short training run spends most of its time on importing PyTorch, diffusers and transformers. A fork has them, and is
-otherwise what ``python SCRIPT ARGUMENT ...`` is: the script runs as ``__main__`` with its own arguments, environment
-and path, and ends as Python ends. Neither the plug-in nor a host is imported before.
+otherwise what ``python SCRIPT ARGUMENT ...`` or ``python -m MODULE ARGUMENT ...`` is: that runs as ``__main__`` with
+its own arguments, environment and path, and ends as Python ends. Neither the plug-in nor a host is imported before.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ _PACKAGES = (
 def run(command: list[str], path: list[Path], timeout: int) -> subprocess.CompletedProcess[str]:
     """Run Python with a command, and ``path`` as PYTHONPATH; the output is what it wrote to both streams.
 
-    A script that takes longer than ``timeout`` seconds is killed, and its return code is negative. Modules (``-m``) are
-    run by a new Python, as everything is on Windows.
+    What takes longer than ``timeout`` seconds is killed, and its return code is negative. On Windows it is run by a new
+    Python.
     """
     environment = {**os.environ, **_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(map(str, path))}
-    if command[0] == "-m" or not hasattr(os, "fork"):
+    if not hasattr(os, "fork"):
         with_python = [sys.executable, *command]
         both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         return subprocess.run(with_python, env=environment, text=True, timeout=timeout, **both)
@@ -80,18 +80,22 @@ def main() -> None:
 
 
 def _become(request: dict[str, Any]) -> None:
-    """Run a script in this process."""
+    """Run a script or a module in this process."""
     signal.alarm(request["timeout"])
     with Path(request["output"]).open("wb") as output, Path(os.devnull).open() as nothing:
         for stream, descriptor in ((nothing, 0), (output, 1), (output, 2)):
             os.dup2(stream.fileno(), descriptor)
     os.environ.clear()
     os.environ.update(request["environment"])
-    script, *_ = sys.argv = request["command"]
-    sys.orig_argv = [sys.executable, *sys.argv]
+    is_module = request["command"][0] == "-m"
+    what, *_ = sys.argv = request["command"][is_module:]
+    sys.orig_argv = [sys.executable, *request["command"]]
     added = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
-    sys.path[:1] = [str(Path(script).resolve().parent), *added]
-    runpy.run_path(script, run_name="__main__")
+    sys.path[:1] = [str(Path.cwd() if is_module else Path(what).resolve().parent), *added]
+    if is_module:
+        runpy.run_module(what, run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(what, run_name="__main__")
 
 
 if __name__ == "__main__":

@@ -178,6 +178,7 @@ def test_a_compiled_model_makes_the_same_image(sample, order, low, high, end):
     torch.testing.assert_close(after, bare, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.long
 def test_gates_behind_each_other_on_a_compiled_model(sample):
     first, second = gate(1.0, 0.0), gate(0.0, 1.0, model=("first", 0))
     expected, _ = sample(sampling(["second", 0], first=first, second=second))

@@ -280,6 +280,7 @@ def test_uninstalling_gives_the_trainer_back(stand_ins):
 
 
 @pytest.mark.sd_scripts
+@pytest.mark.long
 @pytest.mark.parametrize("module", host.NETWORK_MODULES)
 @pytest.mark.parametrize("timesteps", ["unified", "shared"])
 def test_sd_scripts_own_loha_and_lokr_train_sdxl(stand_ins, monkeypatch, module, timesteps):

@@ -96,15 +96,27 @@ def test_a_checkout_that_cannot_be_imported_says_why(copied):
     assert "cannot be imported by this Python: ModuleNotFoundError: No module named 'a_missing_package'" in done.stdout
 
 
-@pytest.mark.sd_scripts
-def test_an_early_check_is_promised_only_where_there_is_one(copied, tmp_path):
-    """A sitecustomize.py stands in for the .pth file of an installed plug-in."""
-    site = tmp_path / "site"
-    site.mkdir()
+@pytest.fixture
+def site(tmp_path):
+    """A folder whose sitecustomize.py stands in for the .pth file of an installed plug-in."""
+    folder = tmp_path / "site"
+    folder.mkdir()
     lines = ("import site, sys", f"sys.path.append({str(ROOT)!r})", f"site.addsitedir({str(ROOT / 'kohya_patch')!r})")
-    (site / "sitecustomize.py").write_text("\n".join(lines))
+    (folder / "sitecustomize.py").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.mark.sd_scripts
+def test_every_trainer_of_the_checkout_is_accepted_and_checks_early(site):
     module = install_module()
-    assert module.check_host(module.SD_SCRIPTS, copied, plugin=site)["checks_early"]
+    scripts = {path.name for path in hosts.sd_scripts().glob("*train_network.py")}
+    report = {"problems": dict.fromkeys(scripts), "checks_early": True}
+    assert module.check_host(module.SD_SCRIPTS, hosts.sd_scripts(), plugin=site) == report
+
+
+@pytest.mark.sd_scripts
+def test_an_early_check_is_promised_only_where_there_is_one(copied, site):
+    module = install_module()
     rename_everywhere(copied, "verify_training_args", "verify_the_arguments")
     assert module.check_host(module.SD_SCRIPTS, copied, plugin=site) == {
         "problems": {"train_network.py": None},
@@ -124,14 +136,6 @@ def test_check_needs_a_path():
     done = install("--check")
     assert done.returncode == 2
     assert "--check needs --sd-scripts PATH" in done.stderr
-
-
-@pytest.mark.sd_scripts
-def test_every_trainer_of_the_checkout_is_accepted():
-    module = install_module()
-    assert module.check_checkout(module.SD_SCRIPTS, hosts.sd_scripts()) == []
-    scripts = {path.name for path in hosts.sd_scripts().glob("*train_network.py")}
-    assert module.check_host(module.SD_SCRIPTS, hosts.sd_scripts(), plugin=ROOT)["problems"] == dict.fromkeys(scripts)
 
 
 def test_the_wheel_contains_the_two_packages_and_the_startup_file_only(tmp_path):
