@@ -27,7 +27,7 @@ from peft.tuners.lora import LoraLayer
 
 from assets.make_tiny_flow import emoji
 from benchmarks.what_helps import __main__ as command
-from benchmarks.what_helps import arms, images, measures, real_fake, report, training, trial
+from benchmarks.what_helps import arms, images, measures, plots, real_fake, report, training, trial
 from benchmarks.what_helps.emoji import EmojiWorld
 from benchmarks.what_helps.toy import ToyWorld
 from benchmarks.what_helps.world import merged
@@ -285,6 +285,38 @@ def test_results_are_appended_and_columns_may_differ(tmp_path):
         {"arm": "a", "seed": "1", "texture": "0.5", "fidelity": ""},
         {"arm": "b", "seed": "1", "texture": "", "fidelity": "0.25"},
     ]
+
+
+def test_tables_plots_and_samples_are_written_from_results(tmp_path):
+    """One style alone, as with --styles: what the other has and this one lacks is left out."""
+    results, samples = tmp_path / "results", tmp_path / "samples"
+    results.mkdir()
+    samples.mkdir()
+    for study, arm in (("balance", "balance by timestep"), ("imperfect", "image quality")):
+        rows = [
+            dict.fromkeys(report.PRIMARY[study], "1")
+            | {"arm": name, "images": "twitter", "defect": "none", "seed": str(seed), "rate": "0.001"}
+            | {"structure": str(0.5 + 0.01 * seed + (name == arm) * (0.1 + 0.001 * seed**2))}
+            for name in (arms.PLAIN, arm)
+            for seed in range(1000, 1004)
+        ]
+        for each in rows:
+            command._append(each, results / f"{study}.csv")
+    key = ("image quality", "twitter", "none", "1000", "0.001")
+    np.save(samples / f"imperfect-{'-'.join(key).replace(' ', '_')}.npy", np.zeros((6, 3, 8, 8), np.uint8))
+    command._write(results, samples)
+    assert {path.name for path in results.iterdir()} == {
+        *(f"{study}.{ending}" for study in ("balance", "imperfect") for ending in ("csv", "md", "png")),
+        "imperfect_samples.jpg",
+        "main.png",
+    }
+    labels = [label for label, _ in reversed(plots._lines(plots.MAIN, results))]
+    sharp, imperfect = (f"{plots.TITLES[study]}:" for study in ("balance", "imperfect"))
+    assert labels == [sharp, "balance by timestep (emoji, flow)", imperfect, "image quality (emoji, flow)"]
+    (difference, survives) = plots._lines({"imperfect": ()}, results)[0][1]["structure"]
+    assert difference.pairs == 4
+    assert survives
+    assert plots._lines({"imperfect": ("sharp images alone",)}, results) == []
 
 
 def test_the_trials_are_those_of_the_plan():
