@@ -107,11 +107,13 @@ def site(tmp_path):
 
 
 @pytest.mark.sd_scripts
-def test_every_trainer_of_the_checkout_is_accepted_and_checks_early(site):
+def test_every_trainer_of_the_checkout_is_accepted_and_checks_early(site, monkeypatch):
     module = install_module()
     scripts = {path.name for path in hosts.sd_scripts().glob("*train_network.py")}
     report = {"problems": dict.fromkeys(scripts), "checks_early": True}
     assert module.check_host(module.SD_SCRIPTS, hosts.sd_scripts(), plugin=site) == report
+    monkeypatch.setattr(module, "check_host", lambda *_, **__: report)  # the same again
+    assert module.check_checkout(module.SD_SCRIPTS, hosts.sd_scripts()) == []
 
 
 @pytest.mark.sd_scripts

@@ -303,7 +303,7 @@ def test_tables_plots_and_samples_are_written_from_results(tmp_path):
         for each in rows:
             command._append(each, results / f"{study}.csv")
     key = ("image quality", "twitter", "none", "1000", "0.001")
-    np.save(samples / f"imperfect-{'-'.join(key).replace(' ', '_')}.npy", np.zeros((6, 3, 8, 8), np.uint8))
+    np.save(samples / report.samples_name("imperfect", key), np.zeros((6, 3, 8, 8), np.uint8))
     command._write(results, samples)
     assert {path.name for path in results.iterdir()} == {
         *(f"{study}.{ending}" for study in ("balance", "imperfect") for ending in ("csv", "md", "png")),

@@ -11,7 +11,7 @@ from freq_loss_plugin.analysis.figures import COLORS, new_figure
 
 from .arms import SHAM
 from .images import MIXTURE
-from .report import CONTROLS, KEY, PRIMARY, Difference, Row, judge, order, read, sign
+from .report import CONTROLS, KEY, PRIMARY, Difference, Row, judge, order, read, samples_name, sign
 
 # The arms and measures of the plot in the README.
 TITLES = {"balance": "sharp images", "imperfect": "mostly imperfect images"}
@@ -77,7 +77,7 @@ def _lines(studies: dict[str, tuple[str, ...]], results: Path) -> list[_Line]:
 def sheet(study: str, rows: Sequence[Row], folder: Path, file: Path, count: int = 6) -> None:
     """The first samples of every arm, with the first seed, for each style; where they have been kept."""
     shown = {
-        (row["arm"], row["images"]): folder / f"{study}-{'-'.join(row[name] for name in KEY).replace(' ', '_')}.npy"
+        (row["arm"], row["images"]): folder / samples_name(study, [row[name] for name in KEY])
         for row in sorted(rows, key=lambda row: int(row["seed"]), reverse=True)
         if row["defect"] in ("none", MIXTURE)
     }

@@ -81,6 +81,11 @@ def read(file: Path) -> list[Row]:
         return list(csv.DictReader(source))
 
 
+def samples_name(study: str, key: Iterable[str]) -> str:
+    """The name of the file in which the samples of a trial are kept."""
+    return f"{study}-{'-'.join(key).replace(' ', '_')}.npy"
+
+
 def best_rates(rows: Sequence[Row]) -> dict[tuple[bool, str], float]:
     """For each model (whether it is the second) and arm the learning rate with the least validation error.
 

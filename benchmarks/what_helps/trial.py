@@ -19,6 +19,7 @@ from . import measures, real_fake
 from .arms import ARMS, BALANCE, DDPM_ONLY, IMPERFECT, REAL, REAL_FAKE, SHAM, WITHOUT_DEFECT, Arm
 from .emoji import EmojiTrainee, EmojiWorld
 from .images import DEFECTS, MIXTURE, write
+from .report import samples_name
 from .toy import ToyWorld
 from .training import ArmTraining
 from .world import World
@@ -144,8 +145,7 @@ def _run_style(trial: Trial, arm: Arm, folder: Path, device: str) -> dict[str, s
         measured = measures.validate(trainee, reference)
     else:
         measured, samples = measures.measure(world, trainee, reference)
-        name = "-".join(trial.key).replace(" ", "_")
-        np.save(folder / f"{trial.study}-{name}.npy", (samples.numpy() * 255).round().astype(np.uint8))
+        np.save(folder / samples_name(trial.study, trial.key), (samples.numpy() * 255).round().astype(np.uint8))
     least = " ".join(f"{least:.0f}" for least in sorted(training.least.tolist()) if least)
     return {"least timesteps": least} | {name: f"{value:.5g}" for name, value in measured.items()}
 
