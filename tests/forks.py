@@ -34,8 +34,10 @@ _PACKAGES = (
 )
 
 
-def run(command: list[str], path: list[Path], timeout: int) -> subprocess.CompletedProcess[str]:
-    """Run Python with a command, and ``path`` as PYTHONPATH; the output is what it wrote to both streams.
+def run(
+    command: list[str], path: list[Path], timeout: int, folder: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run Python with a command in a folder, and ``path`` as PYTHONPATH; the output is what it wrote to both streams.
 
     What takes longer than ``timeout`` seconds is killed, and its return code is negative. On Windows it is run by a new
     Python.
@@ -44,13 +46,13 @@ def run(command: list[str], path: list[Path], timeout: int) -> subprocess.Comple
     if not hasattr(os, "fork"):
         with_python = [sys.executable, *command]
         both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        return subprocess.run(with_python, env=environment, text=True, timeout=timeout, **both)
+        return subprocess.run(with_python, env=environment, text=True, timeout=timeout, cwd=folder, **both)
     server = _server()
     assert server.stdin is not None
     assert server.stdout is not None
     with tempfile.NamedTemporaryFile("r", encoding="utf-8") as output:
         request = {"command": command, "environment": environment, "output": output.name, "timeout": timeout}
-        server.stdin.write(json.dumps(request) + "\n")
+        server.stdin.write(json.dumps(request | {"folder": str(folder or Path.cwd())}) + "\n")
         server.stdin.flush()
         status = int(server.stdout.readline())
         return subprocess.CompletedProcess(command, status, output.read())
@@ -87,6 +89,7 @@ def _become(request: dict[str, Any]) -> None:
             os.dup2(stream.fileno(), descriptor)
     os.environ.clear()
     os.environ.update(request["environment"])
+    os.chdir(request["folder"])
     is_module = request["command"][0] == "-m"
     what, *_ = sys.argv = request["command"][is_module:]
     sys.orig_argv = [sys.executable, *request["command"]]

@@ -18,6 +18,17 @@ sd_scripts=$("$venv/bin/python" tests/hosts.py sd-scripts)
 comfyui=$("$venv/bin/python" tests/hosts.py ComfyUI)
 musubi_tuner=$("$venv/bin/python" tests/hosts.py musubi-tuner)
 
+install_frontends() { # the one that each ComfyUI pins, with the templates that it pins, and the newest one
+  while read -r checkout; do
+    pinned=$(grep -E "^comfyui-(frontend-package|workflow-templates)==" "$checkout/requirements.txt")
+    frontend=$(grep frontend <<<"$pinned")
+    # shellcheck disable=SC2086
+    "${install[@]}" --no-deps --upgrade --target "$venv/frontends/${frontend#*==}" $pinned
+  done <<<"$comfyui"
+  "${install[@]}" --no-deps --upgrade --target "$venv/frontends/newest" comfyui-frontend-package
+}
+[ -z "$comfyui" ] || install_frontends &
+frontends=$!
 if [ -n "$sd_scripts" ]; then
   "${install[@]}" torch torchvision
   "${install[@]}" -r tests/requirements-sd-scripts.txt
@@ -28,21 +39,14 @@ if [ -n "$comfyui" ]; then
   { read -r newest; cat "$newest/requirements.txt"; while read -r older; do grep -v == "$older/requirements.txt"; done
   } <<<"$comfyui" >"$venv/comfyui-requirements.txt"
   "${install[@]}" -r "$venv/comfyui-requirements.txt" -r tests/requirements-comfyui.txt
-  # The pages are tested with the frontend that each pins, with the templates that it pins, and with the newest one.
-  while read -r checkout; do
-    pinned=$(grep -E "^comfyui-(frontend-package|workflow-templates)==" "$checkout/requirements.txt")
-    frontend=$(grep frontend <<<"$pinned")
-    # shellcheck disable=SC2086
-    "${install[@]}" --no-deps --upgrade --target "$venv/frontends/${frontend#*==}" $pinned
-  done <<<"$comfyui"
-  "${install[@]}" --no-deps --upgrade --target "$venv/frontends/newest" comfyui-frontend-package
 fi
 if [ -n "$musubi_tuner" ]; then
   "${install[@]}" torch torchvision
   "${install[@]}" -r tests/requirements-musubi-tuner.txt
 fi
 "${install[@]}" --editable '.[test]'
-# Two processes, each with half of the threads: much of the time goes into programs that start and wait.
+wait "$frontends"
+# Processes that have half of the threads each: much of the time goes into programs that start and wait.
 cores=$("$venv/bin/python" -c "import os; print(os.cpu_count())")
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((cores + 1) / 2))}
 # The many programs find all modules compiled, those of the checkouts, too, which stay as they are.

@@ -132,7 +132,7 @@ def with_offsets(stand_ins, name, **arguments):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_shared_timesteps_keep_the_offset_of_each_sample(stand_ins, name, arguments):
-    """2,000 batches of the trainer alone, and 2,000 with the hook: each sample's timesteps are distributed alike."""
+    """1,000 batches of the trainer alone, and 1,000 with the hook: each sample's timesteps are distributed alike."""
     scale = 1000 if name == "anima" else 1
     found = {}
     for is_hooked in (False, True):
@@ -140,7 +140,7 @@ def test_shared_timesteps_keep_the_offset_of_each_sample(stand_ins, name, argume
         if is_hooked:
             install(stand_in, FreqLossConfig(dist_match=0.1, timesteps="shared"))
         together, drawn = [], []
-        for seed in range(2000):
+        for seed in range(1000):
             stand_in.process_batch(seed=seed)
             timesteps = stand_in.passes[0][2].float() * scale
             drawn.append(timesteps)

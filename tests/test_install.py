@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import forks
 import hosts
 import pytest
 
@@ -69,7 +71,6 @@ def test_a_folder_without_sd_scripts_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("old", "words"),
     [
-        ("process_batch", "looked for the method process_batch in NetworkTrainer, and found none of that name"),
         ("text_encoder_conds", "looked for text_encoder_conds among the parameters of NetworkTrainer.get_noise_pred"),
         ("get_timesteps", "looked for the calls get_noise_pred_and_target -> get_noise_noisy_latents_and_timesteps ->"),
         ("apply_masked_loss", "looked for a call of apply_masked_loss in NetworkTrainer.process_batch"),
@@ -77,13 +78,24 @@ def test_a_folder_without_sd_scripts_is_named(tmp_path):
         ("buckets_indices", "looked for buckets_indices among the names in DreamBoothDataset.__getitem__"),
     ],
 )
-def test_a_checkout_that_lacks_a_hook_point_is_refused_and_not_touched(copied, old, words):
+def test_a_hook_point_that_is_not_there_is_named(copied, old, words):
     rename_everywhere(copied, old, f"{old}_2")
+    check = ["-m", "kohya_patch.sd_scripts.host_check", "train_network.py"]
+    done = forks.run(check, [ROOT], timeout=300, folder=copied)
+    assert done.returncode == 0, done.stdout
+    problem = json.loads(done.stdout.splitlines()[-1])["problems"]["train_network.py"]
+    assert words in problem
+    assert "Update sd-scripts where it is older" in problem
+
+
+@pytest.mark.sd_scripts
+@pytest.mark.long
+def test_a_checkout_that_lacks_a_hook_point_is_refused_and_not_touched(copied):
+    rename_everywhere(copied, "process_batch", "process_batch_2")
     before = sorted(copied.rglob("*"))
     done = install("--sd-scripts", str(copied))
     assert done.returncode == 1
-    assert words in done.stdout
-    assert "Update sd-scripts where it is older" in done.stdout
+    assert "looked for the method process_batch in NetworkTrainer, and found none of that name" in done.stdout
     assert sorted(copied.rglob("*")) == before
 
 
