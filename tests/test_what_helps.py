@@ -319,6 +319,24 @@ def test_tables_plots_and_samples_are_written_from_results(tmp_path):
     assert plots._lines({"imperfect": ("sharp images alone",)}, results) == []
 
 
+def test_accuracies_are_shown_and_real_images_are_not_judged():
+    """As in the plan: Holm's correction counts the three arms that change the loss."""
+    gains = {arms.PLAIN: 0, "distribution term, 10%": 0.01, "balance by band": 0.02, arms.REAL: 0.3}
+    rows = [
+        {"arm": arm, "images": "twitter", "defect": k, "seed": str(seed), "rate": "0.001"}
+        | {"accuracy": str(0.25 + 0.125 * (k == "16") + gain * (1 + 0.1 * seed))}
+        for arm, gain in gains.items()
+        for k in ("8", "16")
+        for seed in range(4)
+    ]
+    text = report.tables("real_fake", rows)
+    assert "over all 2 primary comparisons. 2 intervals exclude 0 (0 would by chance alone); 2 survive" in text
+    assert "| balance by band | 8 | +0.023 ± 0.002 ++ |" in text
+    assert "| real images alone | 8 | +0.345 ± 0.030 + |" in text
+    assert "| 8 | 0.250, 0.000 | 0.262, 0.001 | 0.273, 0.003 | 0.595, 0.039 |" in text
+    assert "| 16 | 0.375, 0.000 |" in text
+
+
 def test_the_trials_are_those_of_the_plan():
     plan = (FOLDER / "plan.md").read_text(encoding="utf-8")
     rates = trial.rate_trials()
