@@ -333,7 +333,7 @@ def test_accuracies_are_shown_and_real_images_are_not_judged():
     assert "over all 2 primary comparisons. 2 intervals exclude 0 (0 would by chance alone); 2 survive" in text
     assert "| balance by band | 8 | +0.023 ± 0.002 ++ |" in text
     assert "| real images alone | 8 | +0.345 ± 0.030 + |" in text
-    assert "| 8 | 0.250, 0.000 | 0.262, 0.001 | 0.273, 0.003 | 0.595, 0.039 |" in text
+    assert "| 8 | 0.250, 0.000 | 0.273, 0.003 | 0.262, 0.001 | 0.595, 0.039 |" in text
     assert "| 16 | 0.375, 0.000 |" in text
 
 
