@@ -82,7 +82,8 @@ def _write(results: Path, samples: Path) -> None:
     found = {study: rows for study in report.PRIMARY if (rows := report.read(results / f"{study}.csv"))}
     for study, rows in found.items():
         (results / f"{study}.md").write_text(report.tables(study, rows) + "\n", encoding="utf-8")
-        plots.forest({study: ()}, results, report.PRIMARY[study], results / f"{study}.png")
+        if study in plots.TITLES:  # the third has one measure, which a table shows as well
+            plots.forest({study: ()}, results, report.PRIMARY[study], results / f"{study}.png")
         plots.sheet(study, rows, samples, results / f"{study}_samples.jpg")
     if plots.MAIN.keys() <= found.keys():
         plots.forest(plots.MAIN, results, plots.MAIN_MEASURES, results / "main.png")

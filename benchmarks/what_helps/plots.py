@@ -13,7 +13,7 @@ from .arms import SHAM
 from .images import MIXTURE
 from .report import CONTROLS, KEY, PRIMARY, Difference, Row, judge, order, read, samples_name, sign
 
-# The arms and measures of the plot in the README.
+# The studies that have plots, then the arms and measures of the plot in the README.
 TITLES = {"balance": "sharp images", "imperfect": "mostly imperfect images"}
 MAIN = {
     "balance": ("twice the steps", "debiased estimation", "balance by timestep", "distribution term, 10%"),
