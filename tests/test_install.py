@@ -100,6 +100,7 @@ def test_a_checkout_that_lacks_a_hook_point_is_refused_and_not_touched(copied):
 
 
 @pytest.mark.sd_scripts
+@pytest.mark.long
 def test_a_checkout_that_cannot_be_imported_says_why(copied):
     script = copied / "train_network.py"
     script.write_text("import a_missing_package\n" + script.read_text(encoding="utf-8"), encoding="utf-8")
@@ -129,6 +130,7 @@ def test_every_trainer_of_the_checkout_is_accepted_and_checks_early(site, monkey
 
 
 @pytest.mark.sd_scripts
+@pytest.mark.long
 def test_an_early_check_is_promised_only_where_there_is_one(copied, site):
     module = install_module()
     rename_everywhere(copied, "verify_training_args", "verify_the_arguments")

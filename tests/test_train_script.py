@@ -114,6 +114,7 @@ def test_windows_has_one_command_too(clone):
     assert environment.python_of(Path("venv"), "nt") == Path("venv/Scripts/python.exe")
 
 
+@pytest.mark.long
 def test_from_an_empty_folder_to_a_lora(clone, tmp_path):
     """In a new environment that can import the packages of this one, so that nothing large is downloaded."""
     venv, empty = tmp_path / "venv", tmp_path / "empty"

@@ -105,6 +105,7 @@ def test_arms_are_paired_and_the_sham_differs_by_rounding_only(tmp_path):
             assert torch.equal(noise, plain_noise)
 
 
+@pytest.mark.long
 def test_images_with_defects_train_above_their_least_timestep_alone(tmp_path):
     plain, _ = trained(arms.PLAIN, tmp_path, chosen="all", steps=6)
     gated, _ = trained("image quality", tmp_path, chosen="all", steps=6)
