@@ -78,7 +78,7 @@ class Run:
     def command(self, arguments: Sequence[str]) -> list[str]:
         """The command line, with the user's own arguments for pytest."""
         # Runs with a marker go one after the other beside the one with all tests, which often waits for programs.
-        how = ["--numprocesses=3", "--dist=loadfile", "--no-loadscope-reorder"]  # conftest.py has an order of its own
+        how = ["--numprocesses=2", "--dist=loadfile", "--no-loadscope-reorder"]  # conftest.py has an order of its own
         if self.marker:
             how = ["-m", self.marker, "-p", "no:cacheprovider"]
         return [sys.executable, "-m", "pytest", *how, *arguments]

@@ -46,7 +46,7 @@ if [ -n "$musubi_tuner" ]; then
 fi
 "${install[@]}" --editable '.[test]'
 wait "$frontends"
-# Processes that have half of the threads each: much of the time goes into programs that start and wait.
+# Two processes, each with half of the threads: much of the time goes into programs that start and wait.
 cores=$("$venv/bin/python" -c "import os; print(os.cpu_count())")
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((cores + 1) / 2))}
 # The many programs find all modules compiled, those of the checkouts, too, which stay as they are.
