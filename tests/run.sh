@@ -27,6 +27,7 @@ install_frontends() { # the one that each ComfyUI pins, with the templates that 
   done <<<"$comfyui"
   "${install[@]}" --no-deps --upgrade --target "$venv/frontends/newest" comfyui-frontend-package
 }
+# They lie apart from the other packages, and are installed meanwhile.
 [ -z "$comfyui" ] || install_frontends &
 frontends=$!
 if [ -n "$sd_scripts" ]; then
