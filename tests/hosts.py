@@ -98,7 +98,7 @@ MUSUBI_TUNER = Host(
     "MUSUBI_TUNER_DIR",
     "src/musubi_tuner/training/trainer_base.py",
     ("torchvision", "diffusers", "transformers", "accelerate", "av", "cv2", "einops", "easydict", "ftfy"),
-    {"30c658c4": "0.3.4"},
+    {"30c658c4": "0.3.4", "e0cbd8f3": "main", "4d3ddce8": "dev"},
 )
 
 

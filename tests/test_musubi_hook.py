@@ -264,6 +264,11 @@ def test_numbers_are_read_once_for_each_optimizer_step_even_where_a_scaler_skips
 REFUSED = {
     "pixels": ("hidream_o1", {}, "HiDream-O1 predicts patches of pixels"),
     "tokens": ("self_flow", {}, "FLUX.2 Self-Flow trains each token at a noise level of its own"),
+    "video and audio": (
+        "minimax_h3",
+        {},
+        "MiniMax-H3 trains video and audio together, each at a noise level of its own",
+    ),
     "two models": ("wan", {"dit_high_noise": "x"}, "freq_loss_timesteps = 'unified' with dit_high_noise"),
     "two models, images": (
         "wan",
@@ -279,6 +284,7 @@ def test_what_is_not_defined_is_refused_by_name(name, settings, words):
     undefined = {
         "hidream_o1": ("hidream_o1_train_network", "HiDreamO1NetworkTrainer"),
         "self_flow": ("flux_2_train_network_self_flow", "Flux2SelfFlowNetworkTrainer"),
+        "minimax_h3": ("minimax_h3_train_network", "MiniMaxH3NetworkTrainer"),
     }
     stand_in = musubi_stand_ins.make("flux_2" if name in undefined else name, **{"dist_match": 0.05, **settings})
     trainer = stand_in.trainer
@@ -324,15 +330,32 @@ def test_batches_that_name_their_images_survive_being_sent_to_a_loader_process()
 def test_every_trainer_of_the_checkout_is_known():
     import hosts
 
-    scripts = sorted(path.stem for path in (hosts.musubi_tuner() / "src" / "musubi_tuner").glob("*_train_network*.py"))
+    folder = hosts.musubi_tuner() / "src" / "musubi_tuner"
     classes = {
         line.split()[1].split("(")[0]
-        for script in scripts
-        for line in (hosts.musubi_tuner() / "src" / "musubi_tuner" / f"{script}.py").read_text("utf-8").splitlines()
+        for script in folder.glob("*_train_network*.py")
+        for line in script.read_text("utf-8").splitlines()
         if line.startswith("class ") and "NetworkTrainer(" in line
     }
-    assert classes == FAMILIES.keys()
-    for family in FAMILIES.values():
-        folder = hosts.musubi_tuner() / "src" / "musubi_tuner"
+    newer = {"MiniMaxH3NetworkTrainer"} - classes  # than 0.3.4
+    assert classes == FAMILIES.keys() - newer
+    for family in (FAMILIES[name] for name in classes):
         assert (folder / f"{family.network_module.replace('.', '/')}.py").is_file()
         assert (folder / f"{family.latent_cache}.py").is_file()
+
+
+def test_metadata_can_be_asked_for_at_every_save():
+    """As musubi-tuner does since its version of 2026-08-14."""
+    survey = Survey({}, "as given", ())
+    stand_in = musubi_stand_ins.make("flux_2")
+    stand_in.batch[IMAGES] = ["sharp"] * musubi_stand_ins.BATCH
+    hook = install(stand_in, ImageQuality(survey), dist_match=0.05, balance="band", timesteps="shared")
+    first = stand_in.trainer.extra_metadata(stand_in.args)
+    for seed in range(3):
+        stand_in.process_batch(seed)
+        hook._end_step()
+        before, random = hook.term.state_dict(), torch.get_rng_state()
+        assert stand_in.trainer.extra_metadata(stand_in.args) == first
+        assert torch.equal(torch.get_rng_state(), random)
+        torch.testing.assert_close(hook.term.state_dict(), before, rtol=0, atol=0)
+    assert first["ss_freq_loss_image_quality_summary"] == "as given"

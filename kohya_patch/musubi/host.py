@@ -12,7 +12,7 @@ from ..host import Host
 
 MUSUBI = Host(
     "musubi-tuner",
-    "Tested with 0.3.4 (commit 30c658c)",
+    "Tested with 0.3.4 (commit 30c658c), main of 2026-08-13 (e0cbd8f) and dev of 2026-08-14 (4d3ddce)",
     ("networks.lora_flux_2", "networks.lora_wan"),
     depth=3,  # src/musubi_tuner/training
 )

@@ -57,6 +57,12 @@ FAMILIES: dict[str, Family] = {
         "hidream_o1_cache_pixel",
         "predicts patches of pixels and has no latents",
     ),
+    "MiniMaxH3NetworkTrainer": Family(
+        "MiniMax-H3",
+        "networks.lora_minimax_h3",
+        "minimax_h3_cache_latents",
+        "trains video and audio together, each at a noise level of its own",
+    ),
 }
 
 
