@@ -1,22 +1,30 @@
 """Image quality in a training program: what is known of a run's images, and the least timesteps of a batch.
 
-Every process measures its share of the images. What is wrong with them is the same in all afterward.
+The processes measure the images together, each its share, and one of them compares qualities by the VAE. What is wrong
+with the images is the same in all afterward; so is an error, so that none waits for one that has stopped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from freq_loss_plugin.image_quality.survey import Measured, Size, Survey, measure_all
+from freq_loss_plugin import ConfigError
+from freq_loss_plugin.image_quality import measurement_cache
+from freq_loss_plugin.image_quality.measuring import Measured, measure_anew
+from freq_loss_plugin.image_quality.survey import Survey
+from freq_loss_plugin.image_quality.trained_image import TrainedImage
 from freq_loss_plugin.training.distributed import gather, process_share
 
 from .protocols import IMAGES, Batch
+from .runs import is_main_process
 
 OPTION = "freq_loss_image_quality"
+
+T = TypeVar("T")
 
 
 class ImageQuality:
@@ -24,12 +32,11 @@ class ImageQuality:
 
     Args:
         survey: the result for all images.
-        names: what the batches call each image; its path where left out.
+        names: what the batches call each image.
     """
 
-    def __init__(self, survey: Survey, names: Mapping[str, Path] | None = None) -> None:
+    def __init__(self, survey: Survey, names: Mapping[str, TrainedImage]) -> None:
         self.survey = survey
-        names = {str(image): image for image in survey.least} if names is None else names
         self._least = {name: survey.least[image] for name, image in names.items() if image in survey.least}
 
     def least_of(self, batch: Batch) -> Tensor | None:
@@ -38,7 +45,59 @@ class ImageQuality:
         return torch.tensor(least) if any(least) else None
 
 
-def measure_together(images: Mapping[Path, Size]) -> dict[Path, Measured]:
-    """Each process measures its share of the images; the result is that of all."""
-    shares = gather(measure_all({image: images[image] for image in process_share(sorted(images))}))
-    return {image: found for share in shares for image, found in share.items()}
+def measure_together(images: Sequence[TrainedImage]) -> dict[TrainedImage, Measured]:
+    """Measure images that no earlier run has measured, each process its share; the result is that of all.
+
+    Args:
+        images: the same in all processes.
+
+    Raises:
+        ConfigError: a process has failed, and said why.
+    """
+    images = sorted(images, key=repr)
+    keys = measurement_cache.keys_of(images) if is_main_process() else {}
+    # By their places: an image of a video is more than can be sent.
+    known = in_one_process(lambda: [measurement_cache.read(keys).get(image) for image in images])
+    missing = [image for image, one in zip(images, known, strict=True) if one is None]
+    quiet = not is_main_process()
+    shares = _in_every_process(lambda: list(measure_anew(process_share(missing), quiet=quiet).values()))
+    new: dict[TrainedImage, Measured] = {}
+    for number, share in enumerate(shares):
+        new |= zip(missing[number :: len(shares)], share, strict=True)
+    measurement_cache.add(keys, new)
+    return {image: new[image] if one is None else one for image, one in zip(images, known, strict=True)}
+
+
+def in_one_process(work: Callable[[], T]) -> T:
+    """What the main process makes, in all of them.
+
+    Args:
+        work: what to do; the other processes wait.
+
+    Raises:
+        ConfigError: it has failed, and said why.
+    """
+    result: T | None = _in_every_process(lambda: work() if is_main_process() else None)[0]
+    return result  # type: ignore[return-value]
+
+
+def _in_every_process(work: Callable[[], T]) -> list[T]:
+    """What each process makes, in their order; where one of them fails, all do."""
+    mine: T | None = None
+    failed: Exception | None = None
+    try:
+        mine = work()
+    except Exception as error:  # noqa: BLE001 - raised below, when the others know of it
+        failed = error
+    outcomes = gather((mine, None if failed is None else _told(failed)))
+    if failed is not None:
+        raise failed
+    for _, message in outcomes:
+        if message is not None:
+            raise ConfigError(message)
+    return [result for result, _ in outcomes]  # type: ignore[misc]
+
+
+def _told(error: Exception) -> str:
+    """An error as the other processes raise it."""
+    return str(error) if isinstance(error, ConfigError) else f"another process stopped: {type(error).__name__}: {error}"

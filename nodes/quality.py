@@ -10,7 +10,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..freq_loss_plugin.analysis.figures import law_plot, new_figure
-from ..freq_loss_plugin.image_quality.measurement import Measurement, as_pixels, measure_image
+from ..freq_loss_plugin.image_quality.measurement import Measurement, measure_image
+from ..freq_loss_plugin.image_quality.pixels import as_pixels
 from ..freq_loss_plugin.image_quality.spectrum import LEAST_SIDE, fit_power_law
 from .inputs import CancelableProgress, check_finite, image_tensor, node_output
 from .schema import schema

@@ -27,6 +27,12 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_measurements(tmp_path_factory):
+    """Kept for the tests alone, in processes that they start, too; never in the user's home."""
+    os.environ["FREQ_LOSS_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def material(tmp_path_factory):
     """A small model, a tokenizer and six photos, for real training runs in sd-scripts."""

@@ -13,7 +13,8 @@ from freq_loss_plugin import BandSpec, LossSpec, frequency_matching_loss
 from freq_loss_plugin.analysis.mixing import merge_bands, scale_bands
 from freq_loss_plugin.analysis.spectra import compare_spectra
 from freq_loss_plugin.guidance_token import features as guidance
-from freq_loss_plugin.image_quality.measurement import as_pixels, measure_image
+from freq_loss_plugin.image_quality.measurement import measure_image
+from freq_loss_plugin.image_quality.pixels import as_pixels
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.filterwarnings("default")]
 

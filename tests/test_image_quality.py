@@ -21,9 +21,12 @@ from freq_loss_plugin.image_quality.detectability import (
     signal_to_noise,
     stable_diffusion_alphas,
 )
-from freq_loss_plugin.image_quality.measurement import as_pixels, measure_file, measure_image
+from freq_loss_plugin.image_quality.measurement import measure_file, measure_image
+from freq_loss_plugin.image_quality.measuring import measure_all
+from freq_loss_plugin.image_quality.pixels import as_pixels
 from freq_loss_plugin.image_quality.spectrum import fit_power_law
-from freq_loss_plugin.image_quality.survey import measure_all, survey
+from freq_loss_plugin.image_quality.survey import survey
+from freq_loss_plugin.image_quality.trained_image import TrainedImage
 from freq_loss_plugin.toy_model import model_folder
 
 SNR = signal_to_noise("epsilon", stable_diffusion_alphas())
@@ -202,9 +205,9 @@ def test_the_energy_of_a_patch_does_not_depend_on_the_size():
 def test_a_survey_finds_the_bad_images_and_their_least_timestep(encode, tmp_path, make, least):
     sharp = bad_images.write(tmp_path / "1_sharp", map(scene, range(60, 64)))
     bad = bad_images.write(tmp_path / "1_bad", (make(scene(number)) for number in (70, 71, 73)))
-    images = dict.fromkeys([*sharp.glob("*.png"), *bad.glob("*.png")], (128, 128))
+    images = [TrainedImage(file, (128, 128)) for file in [*sharp.glob("*.png"), *bad.glob("*.png")]]
     found = survey(images, FreqLossConfig(image_quality="auto"), encode, SNR, end=1000)
-    assert found.least.keys() == set(bad.glob("*.png"))
+    assert {image.file for image in found.least} == set(bad.glob("*.png"))
     assert all(least[0] <= value <= least[1] for value in found.least.values())
     assert found.summary.startswith("7 images: 4 full quality; ")
     strict = survey(images, FreqLossConfig(image_quality="auto", image_quality_threshold=1), encode, SNR, end=1000)
@@ -215,9 +218,9 @@ def test_enlarging_by_the_trainer_counts(encode, tmp_path):
     """A sharp image of 48 pixels has no more detail when it is trained at 256."""
     sharp = bad_images.write(tmp_path / "1_sharp", [scene(1).resize((256, 256), Image.Resampling.NEAREST)])
     small = bad_images.write(tmp_path / "1_small", [scene(2).resize((48, 48), Image.Resampling.LANCZOS)])
-    images = dict.fromkeys([*sharp.glob("*.png"), *small.glob("*.png")], (256, 256))
+    images = [TrainedImage(file, (256, 256)) for file in [*sharp.glob("*.png"), *small.glob("*.png")]]
     found = survey(images, FreqLossConfig(image_quality="auto"), encode, SNR, end=1000)
-    assert found.least.keys() == set(small.glob("*.png"))
+    assert {image.file for image in found.least} == set(small.glob("*.png"))
     assert any("too few to measure" in warning for warning in found.warnings)
 
 
@@ -231,7 +234,7 @@ def test_reducing_by_the_trainer_helps(tmp_path):
 def test_few_sharp_images_are_warned_of(encode, tmp_path):
     sharp = bad_images.write(tmp_path / "1_sharp", [scene(1)])
     bad = bad_images.write(tmp_path / "1_bad", (enlarged(scene(number), 8) for number in range(2, 13)))
-    images = dict.fromkeys([*sharp.glob("*.png"), *bad.glob("*.png")], (128, 128))
+    images = [TrainedImage(file, (128, 128)) for file in [*sharp.glob("*.png"), *bad.glob("*.png")]]
     found = survey(images, FreqLossConfig(image_quality="auto"), encode, SNR, end=1000)
     assert any(warning.startswith("only 1 of 12 images are of full quality") for warning in found.warnings)
 
@@ -250,13 +253,15 @@ BAD_INPUT = {
 def test_what_cannot_be_used_is_an_error(encode, tmp_path, make, message):
     make(tmp_path)
     with pytest.raises(ConfigError, match=message):
-        survey({tmp_path / "x.png": (128, 128)}, FreqLossConfig(image_quality="auto"), encode, SNR, end=1000)
+        survey(
+            [TrainedImage(tmp_path / "x.png", (128, 128))], FreqLossConfig(image_quality="auto"), encode, SNR, end=1000
+        )
 
 
 def test_an_image_that_could_never_train_is_an_error(encode, tmp_path):
     scene(1).save(tmp_path / "sharp.png")
     enlarged(scene(2), 8).save(tmp_path / "bad.png")
-    images = {tmp_path / name: (128, 128) for name in ("sharp.png", "bad.png")}
+    images = [TrainedImage(tmp_path / name, (128, 128)) for name in ("sharp.png", "bad.png")]
     with pytest.raises(ConfigError, match=r"1 images may only train above .* \(max_timestep = 500\): bad.png"):
         survey(images, FreqLossConfig(image_quality="auto"), encode, SNR, end=500)
 
@@ -287,8 +292,8 @@ def test_odd_images_are_good_and_named(tmp_path, make, note):
 def test_rules_alone_measure_nothing(tmp_path):
     damaged(tmp_path)
     config = FreqLossConfig(image_rules={tmp_path.name: {"least_timestep": 300}})
-    found = survey({tmp_path / "x.png": (128, 128)}, config, None, SNR, end=1000)
-    assert found.least == {tmp_path / "x.png": 300}
+    image = TrainedImage(tmp_path / "x.png", (128, 128))
+    assert survey([image], config, None, SNR, end=1000).least == {image: 300}
 
 
 def test_a_power_law_is_recovered():
@@ -308,7 +313,7 @@ def test_a_power_law_is_recovered():
 
 def test_measuring_in_threads_gives_the_same(tmp_path):
     folder = bad_images.write(tmp_path / "1_x", SCENES[:4])
-    files = sorted(folder.glob("*.png"))
+    images = [TrainedImage(file) for file in sorted(folder.glob("*.png"))]
     threads = torch.get_num_threads()
-    assert measure_all(dict.fromkeys(files)) == {file: measure_file(file) for file in files}
+    assert measure_all(images) == {image: measure_file(image.file) for image in images}
     assert torch.get_num_threads() == threads

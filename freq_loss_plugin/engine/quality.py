@@ -7,8 +7,9 @@ from PIL import Image
 from torch import Tensor
 
 from ..image_quality.detectability import signal_to_noise
-from ..image_quality.measurement import as_pixels
+from ..image_quality.pixels import as_pixels
 from ..image_quality.survey import Survey, survey
+from ..image_quality.trained_image import TrainedImage
 from ..loss.latents import NUM_TRAIN_TIMESTEPS
 from ..options.config import FreqLossConfig
 from .dataset import DataSet, resized_size
@@ -31,7 +32,7 @@ def survey_images(settings: Settings, loss: FreqLossConfig, data: DataSet, model
         return latents * vae.config.scaling_factor
 
     return survey(
-        {example.file: resized_size(example) for example in data.examples},
+        [TrainedImage(example.file, resized_size(example)) for example in data.examples],
         loss,
         encode,
         signal_to_noise(settings.prediction_type, model.scheduler.alphas_cumprod),

@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .pixels import as_floats
+
 # The scales in pixels, and at every which pixel the gradient of that scale is taken.
 _SCALES = {0.8: 1, 1.6: 1, 3.2: 2, 6.4: 4}
 # By how much the gradients at the two coarse scales may differ from those of a step. The last one looks 13 pixels far,
@@ -50,7 +52,7 @@ def edge_blur(pixels: Tensor, *, ignore_grid: bool = False) -> float | None:
     """Standard deviation of the blur at the sharpest edges.
 
     Args:
-        pixels: shape (3, H, W), 0..1.
+        pixels: shape (3, H, W), bytes or 0..1.
         ignore_grid: leave out edges along the borders of 8×8 blocks, which JPEG makes.
 
     Returns:
@@ -70,12 +72,15 @@ def _busiest_tiles(pixels: Tensor) -> tuple[Tensor, Tensor]:
     height, width = min(_TILE, pixels.shape[1]), min(_TILE, pixels.shape[2])
     places = [(row, column) for row in _starts(pixels.shape[1], height) for column in _starts(pixels.shape[2], width)]
     if len(places) > _MOST_TILES:
-        steps = (pixels[1, :, 1:] - pixels[1, :, :-1]).square()
-        contrast = [float(steps[row : row + height, column : column + width].sum()) for row, column in places]
+        contrast = []
+        for row in _starts(pixels.shape[1], height):
+            green = as_floats(pixels[1, row : row + height])
+            steps = (green[:, 1:] - green[:, :-1]).square().sum(dim=0)
+            contrast += [float(steps[column : column + width].sum()) for column in _starts(pixels.shape[2], width)]
         ranked = sorted(zip(contrast, places, strict=True), reverse=True)
         places = [place for _, place in ranked[:_MOST_TILES]]
     tiles = torch.stack([pixels[:, row : row + height, column : column + width] for row, column in places])
-    return tiles, torch.tensor(places)
+    return as_floats(tiles), torch.tensor(places)
 
 
 def _starts(length: int, tile: int) -> list[int]:

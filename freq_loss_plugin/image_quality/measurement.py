@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -16,7 +18,10 @@ from .defects import Defect
 from .edges import SHARP, edge_blur
 from .jpeg import quality_of_pixels, quality_of_tables
 from .noise import estimate_noise
+from .pixels import as_bytes, as_pixels
 from .spectrum import fit_power_law
+
+Size: TypeAlias = tuple[int, int]
 
 # A good image, enlarged n times by the usual methods, has a blur of this times n at its edges.
 _BLUR_OF_ENLARGING = 0.375
@@ -31,6 +36,10 @@ _MIDDLE = 1024
 _GREY, _GREY_MODES = "grey: its noise is not known", ("L", "LA", "I", "F", "1", "I;16")
 # Sides below this tell nothing.
 _LEAST_SIDE = 64
+# What is reduced more than this is first halved, which is much faster.
+_KEPT = 2
+# All threads together hold images of so many pixels, at 9 bytes each.
+_MOST_PIXELS = 48_000_000
 
 
 @dataclass(frozen=True)
@@ -47,13 +56,23 @@ class Measurement:
         notes: what the user should know, for instance that nothing could be measured.
     """
 
-    size: tuple[int, int]
-    trained: tuple[int, int]
+    size: Size
+    trained: Size
     blur: float | None = None
     resolution: float = 1.0
     jpeg: int | None = None
     noise: float = 0.0
     notes: tuple[str, ...] = ()
+
+    @property
+    def is_known(self) -> bool:
+        """Whether enough could be measured to call the image good or bad; it trains everywhere if not."""
+        return self.blur is not None or bool(self.defect)
+
+    @property
+    def is_good(self) -> bool:
+        """Whether it is known to be of full quality."""
+        return self.is_known and not self.defect
 
     @property
     def defect(self) -> Defect:
@@ -68,7 +87,7 @@ class Measurement:
         )
 
 
-def measure_file(file: Path, trained: tuple[int, int] | None = None) -> Measurement:
+def measure_file(file: Path, trained: Size | None = None) -> Measurement:
     """Measure an image file.
 
     Args:
@@ -79,22 +98,28 @@ def measure_file(file: Path, trained: tuple[int, int] | None = None) -> Measurem
         OSError: it cannot be read.
     """
     with Image.open(file) as image:
-        jpeg = quality_of_tables(getattr(image, "quantization", None) or {})
-        notes = [*image_files.notes(image), *([_GREY] if image.mode in _GREY_MODES else [])]
-        rgb = image_files.as_rgb(image)
-    found = measure_image(rgb, trained, jpeg)
+        size, jpeg = image.size, quality_of_tables(getattr(image, "quantization", None) or {})
+        if jpeg is not None and trained is not None:
+            image.draft(None, (_KEPT * trained[0], _KEPT * trained[1]))
+        with _ROOM.hold(image.width * image.height):
+            notes = [*image_files.notes(image), *([_GREY] if image.mode in _GREY_MODES else [])]
+            rgb = image if image.mode == "RGB" and not notes else image_files.as_rgb(image)
+            found = measure_image(rgb, trained or size, jpeg, size)
     return replace(found, notes=(*notes, *found.notes))
 
 
-def measure_image(image: Image.Image, trained: tuple[int, int] | None = None, jpeg: int | None = None) -> Measurement:
+def measure_image(
+    image: Image.Image, trained: Size | None = None, jpeg: int | None = None, size: Size | None = None
+) -> Measurement:
     """Measure an RGB image.
 
     Args:
         image: the image.
         trained: as for `measure_file`.
         jpeg: its quality, where its file tells.
+        size: that of its file, where ``image`` was reduced already.
     """
-    size = image.size
+    size = size or image.size
     trained = trained or size
     empty = Measurement(size, trained, jpeg=jpeg)
     extrema: Any = image.getextrema()
@@ -107,15 +132,12 @@ def measure_image(image: Image.Image, trained: tuple[int, int] | None = None, jp
         return replace(empty, resolution=bound, notes=(note if bound < 1 else f"{note}, taken as good",))
     if jpeg is None:
         jpeg = quality_of_pixels(as_pixels(_middle(image)))
-    pixels = as_pixels(image if trained == size else image.resize(trained, Image.Resampling.LANCZOS))
+    if trained != image.size:
+        image = image.resize(trained, Image.Resampling.LANCZOS, reducing_gap=_KEPT)
+    pixels = as_bytes(image)
     blur, resolution, notes = _sharpness(pixels, is_jpeg=jpeg is not None and jpeg < GOOD_JPEG)
     noise = estimate_noise(pixels)
     return Measurement(size, trained, blur, min(resolution, bound), jpeg, noise, notes)
-
-
-def as_pixels(image: Image.Image) -> Tensor:
-    """An RGB image as a tensor of shape (3, H, W), 0..1."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
 def _middle(image: Image.Image) -> Image.Image:
@@ -138,3 +160,32 @@ def _sharpness(pixels: Tensor, *, is_jpeg: bool) -> tuple[float | None, float, t
 def _in_steps(value: float, per_octave: int) -> float:
     """Rounded on a logarithmic scale, so that 0.12 and 0.13 are one defect."""
     return float(2 ** (round(per_octave * np.log2(value)) / per_octave))
+
+
+class _Room:
+    """Lets threads in for as long as they do not hold too much together.
+
+    Args:
+        most: what they may hold; who needs more than that is let in alone.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = self._free = most
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def hold(self, amount: int) -> Iterator[None]:
+        """Wait for room, and have it for as long as this lasts."""
+        amount = min(amount, self._most)
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= amount)
+            self._free -= amount
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += amount
+                self._changed.notify_all()
+
+
+_ROOM = _Room(_MOST_PIXELS)

@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .pixels import as_floats
+
 _BLOCK = 16
 # Of a large image, the middle is enough.
 _MOST_SIDE = 512
@@ -29,7 +31,7 @@ def estimate_noise(pixels: Tensor) -> float:
     """Standard deviation of an image's noise in each channel.
 
     Args:
-        pixels: shape (3, H, W), 0..1.
+        pixels: shape (3, H, W), bytes or 0..1.
 
     Returns:
         On the scale 0..255; 0 for a grey image.
@@ -38,7 +40,7 @@ def estimate_noise(pixels: Tensor) -> float:
     if min(height, width) < 4 * _BLOCK:
         return 0.0
     top, left = (pixels.shape[1] - height) // 2, (pixels.shape[2] - width) // 2
-    pixels = pixels[:, top : top + height, left : left + width]
+    pixels = as_floats(pixels[:, top : top + height, left : left + width])
     middle = pixels.mean(dim=0).unfold(0, _BLOCK, _BLOCK).unfold(1, _BLOCK, _BLOCK).mean(dim=(2, 3))
     lit = (middle > _DARKEST) & (middle < _BRIGHTEST)
     if lit.sum() < 8:

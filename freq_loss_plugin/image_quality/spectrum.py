@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..analysis.spectra import RadialSpectrum, radial_power_spectrum
+from .pixels import as_floats
 
 # The octaves to which the law is fitted begin here, in cycles per image side, and are three; or fewer, at least one,
 # where a blur takes more than this many nepers of power out of the others.
@@ -50,10 +51,10 @@ def fit_power_law(pixels: Tensor, blur: float = 0.0) -> SpectrumFit:
     """Fit a power law to the lowest octaves of an image's spectrum.
 
     Args:
-        pixels: shape (C, H, W), 0..1, sides of at least `LEAST_SIDE`.
+        pixels: shape (C, H, W), bytes or 0..1, sides of at least `LEAST_SIDE`.
         blur: sigma in pixels of a Gaussian whose effect on these octaves is taken out of the fit.
     """
-    pixels = pixels.mean(dim=0, keepdim=True)
+    pixels = as_floats(pixels).mean(dim=0, keepdim=True)
     height, width = pixels.shape[1:]
     window = torch.outer(torch.hann_window(height, periodic=False), torch.hann_window(width, periodic=False))
     mean = (pixels * window).sum(dim=(1, 2), keepdim=True) / window.sum()

@@ -7,16 +7,12 @@ their latents (`freq_loss_plugin.image_quality.detectability`).
 from __future__ import annotations
 
 import math
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -27,13 +23,14 @@ from ..options.fields import ConfigError
 from ..options.image_rules import LEAST, RESOLUTION, rules_by_image
 from .defects import Defect
 from .detectability import least_timestep, patch_energy
-from .measurement import Measurement, measure_file
+from .measurement import Measurement, Size
+from .measuring import Measured, measure_all
+from .trained_image import TrainedImage
 
-Size: TypeAlias = tuple[int, int]
-# A measurement, or why there is none.
-Measured: TypeAlias = Measurement | str
 # The latents of an RGB image whose sides are multiples of `GRANULARITY`, as the model is trained on them.
 Encode: TypeAlias = Callable[[Image.Image], Tensor]
+# |dz|^2 of each defect.
+Energies: TypeAlias = Mapping[Defect, float]
 
 # The entry of a LoRA file's metadata that holds the summary.
 SUMMARY_KEY = "ss_freq_loss_image_quality_summary"
@@ -54,99 +51,90 @@ class Survey:
         warnings: what the user should know, one sentence each.
     """
 
-    least: Mapping[Path, int]
+    least: Mapping[TrainedImage, int]
     summary: str
     warnings: Sequence[str]
 
+    def with_warnings(self, warnings: Iterable[str]) -> Survey:
+        """The same with further warnings."""
+        return replace(self, warnings=[*self.warnings, *warnings])
+
 
 def survey(
-    images: Mapping[Path, Size],
+    images: Iterable[TrainedImage],
     config: FreqLossConfig,
     encode: Encode,
     snr: Tensor,
     *,
     end: int,
-    measure: Callable[[Mapping[Path, Size]], Mapping[Path, Measured]] | None = None,
+    measure: Callable[[Sequence[TrainedImage]], Mapping[TrainedImage, Measured]] = measure_all,
+    once: Callable[[Callable[[], Energies]], Energies] = lambda work: work(),
 ) -> Survey:
     """Find the least timestep of every image.
 
     Args:
-        images: the training images, and the width and height to which each is resized before it is cropped.
+        images: the training images at the sizes at which they are trained; the same in all processes.
         config: the options.
         encode: see `Encode`.
         snr: see `freq_loss_plugin.image_quality.detectability.signal_to_noise`.
         end: the end, exclusive, of the timesteps that the trainer draws, on the scale 0..1000.
-        measure: measures images; `measure_all` where left out.
+        measure: measures images.
+        once: does the work that is to be done by one process of several, and returns its result in all of them.
 
     Raises:
         ConfigError: images that cannot be read, a rule for a folder that is not there, no sharp image to compare with,
             or images that could never train.
     """
-    rules = rules_by_image(config.image_rules or {}, images)
+    images = list(dict.fromkeys(images))
+    by_file = rules_by_image(config.image_rules or {}, [image.file for image in images])
+    rules = {image: by_file[image.file] for image in images if image.file in by_file}
     fixed = {image: int(rule[LEAST]) for image, rule in rules.items() if LEAST in rule}
     defects = {image: Defect(resolution=rule[RESOLUTION]) for image, rule in rules.items() if RESOLUTION in rule}
     defects = {image: defect for image, defect in defects.items() if defect}
     is_auto = config.image_quality == "auto"
-    to_measure = {image: size for image, size in images.items() if image not in rules}
-    found = check_readable((measure or measure_all)(to_measure)) if is_auto or defects else {}
+    to_measure = [image for image in images if image not in rules] if is_auto or defects else []
+    found = check_readable(measure(to_measure))
     if is_auto:
         defects |= {image: one.defect for image, one in found.items() if one.defect}
-    references = pick_references(found, images)
+    references = pick_references(found)
     if defects and not references:
         raise _no_reference(images, defects)
-    energies = defect_energies(set(defects.values()), references, images, encode)
+    energies = once(lambda: defect_energies(set(defects.values()), references, encode))
     least = {
         image: least_timestep(energies[defect], snr, config.image_quality_threshold)
         for image, defect in defects.items()
     }
     least = {image: value for image, value in (least | fixed).items() if value > 0}
     _check_reachable(least, end)
-    return Survey(least, _summary(images, defects, least), _warnings(found if is_auto else {}, images, least))
+    found = found if is_auto else {}
+    sharp = [image for image in images if image not in least and (image not in found or found[image].is_known)]
+    return Survey(least, _summary(images, defects, least, len(sharp)), _warnings(found, images, least, len(sharp)))
 
 
-def measure_all(images: Mapping[Path, Size | None]) -> dict[Path, Measured]:
-    """Measure image files, in as many threads as there are cores; with a progress bar.
-
-    Args:
-        images: files, and the size to which each is resized before training; None for its own.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # each thread its own image
-    try:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            results = pool.map(_try_to_measure, images, images.values())
-            bar = tqdm(results, "measuring images", len(images), disable=not images, leave=False)
-            return dict(zip(images, bar, strict=True))
-    finally:
-        torch.set_num_threads(threads)
-
-
-def check_readable(found: Mapping[Path, Measured]) -> dict[Path, Measurement]:
+def check_readable(found: Mapping[TrainedImage, Measured]) -> dict[TrainedImage, Measurement]:
     """The measurements; raises ConfigError where there is none of an image."""
-    broken = {image: f"{image} ({one})" for image, one in found.items() if isinstance(one, str)}
+    broken = {image.file: f"{image.file} ({one})" for image, one in found.items() if isinstance(one, str)}
     if broken:
         hint = image_files.missing_package(broken)
         raise ConfigError(f"images that cannot be read: {listed(broken.values())}; repair or remove them{hint}")
     return {image: one for image, one in found.items() if not isinstance(one, str)}
 
 
-def pick_references(found: Mapping[Path, Measurement], images: Mapping[Path, Size]) -> list[Path]:
+def pick_references(found: Mapping[TrainedImage, Measurement]) -> list[TrainedImage]:
     """Some good images that are large enough, from all over the set; those whose sharpness is known, if there are any.
 
     Args:
         found: the measurements.
-        images: the sizes in training.
     """
-    good = [image for image, one in found.items() if not one.defect and min(images[image]) >= GRANULARITY]
+    good = [image for image, one in found.items() if not one.defect and min(one.trained) >= GRANULARITY]
     known = [image for image in good if found[image].blur is not None]
-    chosen = sorted(known or good)
+    chosen = sorted(known or good, key=repr)
     return chosen[:: max(1, -(-len(chosen) // _REFERENCES))]
 
 
 def defect_energies(
     defects: Iterable[Defect],
-    references: Sequence[Path],
-    images: Mapping[Path, Size],
+    references: Sequence[TrainedImage],
     encode: Encode,
     most_side: int = _MOST_REFERENCE_SIDE,
 ) -> dict[Defect, float]:
@@ -155,7 +143,6 @@ def defect_energies(
     Args:
         defects: what is made on the references.
         references: good images.
-        images: their sizes in training.
         encode: see `Encode`.
         most_side: only the middle of larger references is encoded.
     """
@@ -164,12 +151,14 @@ def defect_energies(
         return {}
     found: dict[Defect, list[float]] = {defect: [] for defect in defects}
     with tqdm(total=len(references) * len(defects), desc="comparing image qualities", leave=False) as bar:
-        for file in references:
-            image = _reference(file, images[file], most_side)
+        for reference in references:
+            image = reference.open()
+            size = reference.size or image.size
+            image = _middle(image, size, most_side)
             clean = encode(image)
             for defect in defects:
                 difference = encode(defect.apply(image)) - clean
-                found[defect].append(patch_energy(difference, image.width * image.height, math.prod(images[file])))
+                found[defect].append(patch_energy(difference, image.width * image.height, math.prod(size)))
                 bar.update()
     return {defect: float(np.median(values)) for defect, values in found.items()}
 
@@ -180,14 +169,7 @@ def listed(things: Iterable[object], most: int = _MOST_LISTED) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _try_to_measure(image: Path, size: Size | None) -> Measured:
-    try:
-        return measure_file(image, size)
-    except image_files.UNREADABLE as error:
-        return f"{type(error).__name__}: {error}"
-
-
-def _no_reference(images: Mapping[Path, Size], defects: Mapping[Path, Defect]) -> ConfigError:
+def _no_reference(images: Sequence[TrainedImage], defects: Mapping[TrainedImage, Defect]) -> ConfigError:
     kinds = Counter(map(str, defects.values())).most_common(3)
     return ConfigError(
         f"freq_loss_image_quality: none of the {len(images)} images is sharp, so there is nothing to compare with "
@@ -197,9 +179,8 @@ def _no_reference(images: Mapping[Path, Size], defects: Mapping[Path, Defect]) -
     )
 
 
-def _reference(file: Path, size: Size, most_side: int) -> Image.Image:
-    """The middle of a reference image as it is trained, its sides multiples of `GRANULARITY`."""
-    image = image_files.open_rgb(file)
+def _middle(image: Image.Image, size: Size, most_side: int) -> Image.Image:
+    """The middle of an image as it is trained, its sides multiples of `GRANULARITY`."""
     if image.size != size:
         image = image.resize(size, Image.Resampling.LANCZOS)
     width, height = (min(side // GRANULARITY * GRANULARITY, most_side) for side in size)
@@ -207,8 +188,8 @@ def _reference(file: Path, size: Size, most_side: int) -> Image.Image:
     return image.crop((left, top, left + width, top + height))
 
 
-def _check_reachable(least: Mapping[Path, int], end: int) -> None:
-    unreachable = [f"{image.name} (t >= {value})" for image, value in least.items() if value >= end]
+def _check_reachable(least: Mapping[TrainedImage, int], end: int) -> None:
+    unreachable = [f"{image.file.name} (t >= {value})" for image, value in least.items() if value >= end]
     if unreachable:
         raise ConfigError(
             f"{len(unreachable)} images may only train above every timestep of this run (max_timestep = {end}): "
@@ -216,28 +197,40 @@ def _check_reachable(least: Mapping[Path, int], end: int) -> None:
         )
 
 
-def _summary(images: Mapping[Path, Size], defects: Mapping[Path, Defect], least: Mapping[Path, int]) -> str:
-    """``24 images: 6 full quality, 18 at 12% of the resolution, train at t >= 690``."""
+def _summary(
+    images: Sequence[TrainedImage],
+    defects: Mapping[TrainedImage, Defect],
+    least: Mapping[TrainedImage, int],
+    sharp: int,
+) -> str:
+    """``24 images: 6 full quality; 18 at 12% of the resolution, train at t >= 690``."""
     groups = Counter((_quality(defects.get(image)), value) for image, value in least.items())
-    parts = [f"{len(images) - len(least)} full quality"]
+    unknown = len(images) - len(least) - sharp
+    parts = [f"{sharp} full quality", *([f"{unknown} not known, train at every t"] if unknown else [])]
     shown = groups.most_common(_MOST_LISTED)
     parts += [f"{count} {quality}, train at t >= {value}" for (quality, value), count in shown]
     rest = sum(groups.values()) - sum(count for _, count in shown)
     parts += [f"{rest} others, train at t >= {min(least.values())} or more"] if rest else []
-    return f"{len(images)} images: {'; '.join(parts)}"
+    files = len({(image.file, image.part) for image in images})
+    number = f"{files} images" if files == len(images) else f"{files} images at several sizes, {len(images)} in all"
+    return f"{number}: {'; '.join(parts)}"
 
 
 def _quality(defect: Defect | None) -> str:
     return "by your own rule" if defect is None else f"at {defect}"
 
 
-def _warnings(found: Mapping[Path, Measurement], images: Mapping[Path, Size], least: Mapping[Path, int]) -> list[str]:
+def _warnings(
+    found: Mapping[TrainedImage, Measurement],
+    images: Sequence[TrainedImage],
+    least: Mapping[TrainedImage, int],
+    sharp: int,
+) -> list[str]:
     by_note: dict[str, list[str]] = {}
     for image, one in found.items():
         for note in one.notes:
-            by_note.setdefault(note, []).append(image.name)
+            by_note.setdefault(note, []).append(image.file.name)
     warnings = [f"{len(names)} images, {note}: {listed(names)}" for note, names in by_note.items()]
-    sharp = len(images) - len(least)
     if least and sharp < _FEW * len(images):
         warnings.append(
             f"only {sharp} of {len(images)} images are of full quality: hardly anything teaches the fine detail, which "

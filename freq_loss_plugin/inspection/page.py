@@ -13,9 +13,9 @@ from PIL import Image
 
 from .. import image_files
 from ..analysis.figures import timesteps_plot
-from ..image_quality.measurement import as_pixels
+from ..image_quality.pixels import as_pixels
 from ..image_quality.spectrum import LEAST_SIDE, fit_power_law
-from .findings import HEADINGS, Finding
+from .findings import FULL, HEADINGS, NOT_KNOWN, Finding
 
 # So many of the worst images have a thumbnail, a spectrum, and a part at full size; a page stays below some 10 MB.
 _THUMBNAILS, _SPECTRA, _PARTS = 500, 60, 12
@@ -71,7 +71,7 @@ def _row(number: int, finding: Finding) -> str:
         image.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
         thumbnail = f'<img src="{_data(image)}" alt="" width="{image.width}" height="{image.height}">'
     texts = "".join(f'<td data-value="{escape(_sortable(cell))}">{escape(cell)}</td>' for cell in cells)
-    state = "bad" if finding.is_bad else "good"
+    state = {FULL: "good", NOT_KNOWN: "unknown"}.get(finding.quality, "bad")
     return f'<tr class="{state}"><td>{thumbnail}</td>{texts}<td>{spectrum}</td></tr>'
 
 

@@ -11,8 +11,8 @@ import contextlib
 import importlib
 import inspect
 import io
-import shutil
 import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,18 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from freq_loss_plugin import ConfigError, FreqLossConfig
+from freq_loss_plugin import ConfigError, FreqLossConfig, image_files
 from freq_loss_plugin.image_quality.detectability import signal_to_noise
-from freq_loss_plugin.image_quality.survey import Size, Survey, measure_all, survey
+from freq_loss_plugin.image_quality.measurement import Measurement, Size, measure_image
+from freq_loss_plugin.image_quality.old_caches import warn_of_old
+from freq_loss_plugin.image_quality.sizes import covering
+from freq_loss_plugin.image_quality.survey import survey
+from freq_loss_plugin.image_quality.trained_image import TrainedImage
 from freq_loss_plugin.loss.latents import NUM_TRAIN_TIMESTEPS
 from freq_loss_plugin.options.image_rules import LEAST
 from freq_loss_plugin.training.random_streams import separate_random_stream
 
-from ..image_quality import OPTION, ImageQuality, measure_together
+from ..image_quality import OPTION, ImageQuality, in_one_process, measure_together
 from . import host, image_names
 from .trainers import TrainingRun
 
@@ -52,52 +56,72 @@ def make_quality(run: TrainingRun, config: FreqLossConfig) -> ImageQuality:
     Raises:
         ConfigError: see `freq_loss_plugin.image_quality.survey.survey`.
     """
-    names: dict[str, Path] = {}
-    sizes: dict[Path, Size] = {}
-    folder = Path(tempfile.mkdtemp())
-    try:
-        for dataset in run.datasets:
-            sources = image_names.sources_of(dataset)
-            for item in image_names.items_of(dataset):
-                source = sources[item.latent_cache_path]
-                if item.frame_count is not None:
-                    source = _middle_frame(dataset, item, source, folder)
-                names[item.latent_cache_path] = source
-                sizes[source] = max(sizes.get(source, (0, 0)), _resized(item))
-        has_frames = any(folder in image.parents for image in sizes)
-        found = _survey(run, config, sizes, _Encoder(run, folder), share=not has_frames)
-    finally:
-        shutil.rmtree(folder)
-    image_names.add_to(run.datasets)
-    return ImageQuality(found, names)
-
-
-def _survey(
-    run: TrainingRun, config: FreqLossConfig, sizes: dict[Path, Size], encoder: _Encoder, *, share: bool
-) -> Survey:
-    """Frames have other names in each process, so that each measures all of them."""
+    names: dict[str, TrainedImage] = {}
+    others: list[Path] = []
+    for dataset in run.datasets:
+        sources = image_names.sources_of(dataset)
+        for item in image_names.items_of(dataset):
+            image = _image(dataset, item, sources[item.latent_cache_path])
+            names[item.latent_cache_path] = image
+            if item.frame_count is None and _has_other_size(image.file, item.original_size):
+                others.append(Path(item.latent_cache_path))
     end = getattr(run.args, "max_timestep", None) or NUM_TRAIN_TIMESTEPS
     snr = signal_to_noise(run.family.prediction_type(run.args), None)
-    measure = measure_together if share else measure_all
-    return survey(sizes, config, encoder.encode, snr, end=int(end), measure=measure)
+    with tempfile.TemporaryDirectory() as folder:
+        encode = _Encoder(run, Path(folder)).encode
+        found = survey(names.values(), config, encode, snr, end=int(end), measure=measure_together, once=in_one_process)
+    old = warn_of_old({Path(cache): image.file for cache, image in names.items()}, others)
+    image_names.add_to(run.datasets)
+    return ImageQuality(found.with_warnings(old), names)
+
+
+@dataclass(frozen=True)
+class _Frame(TrainedImage):
+    """The frame in the middle of a clip.
+
+    Attributes:
+        number: counted as its data source does.
+        source: musubi-tuner's data source, which reads videos.
+    """
+
+    number: int = 0
+    source: Any = field(default=None, compare=False, repr=False)
+
+    @property
+    def part(self) -> str:
+        """See `TrainedImage`; the numbers of frames depend on the rate."""
+        rates = [getattr(self.source, name, None) for name in ("source_fps", "target_fps", "strict_target_fps")]
+        return f"frame {self.number} of {rates}"
+
+    def open(self) -> Image.Image:
+        """See `TrainedImage`."""
+        (frame,) = self.source.get_video_data_from_path(str(self.file), self.number, self.number + 1)
+        return Image.fromarray(np.asarray(frame))
+
+    def measure(self) -> Measurement:
+        """See `TrainedImage`."""
+        return measure_image(self.open(), self.size)
+
+
+def _image(dataset: Any, item: Any, source: Path) -> TrainedImage:
+    if item.frame_count is None:
+        return TrainedImage(source, _resized(item))
+    first = int(Path(item.latent_cache_path).name.split("_")[-3].split("-")[0])
+    return _Frame(source, _resized(item), first + item.frame_count // 2, dataset.datasource)
 
 
 def _resized(item: Any) -> Size:
     """(width, height) to which an image is resized before it is cropped to its bucket."""
-    scale = max(side / own for side, own in zip(item.bucket_size[:2], item.original_size, strict=True))
-    width, height = (round(side * scale) for side in item.original_size)
-    return width, height
+    return covering(item.original_size, item.bucket_size[:2])
 
 
-def _middle_frame(dataset: Any, item: Any, video: Path, folder: Path) -> Path:
-    """The frame in the middle of a clip, as an image file; rules for folders find it by the video's own folders."""
-    first = int(Path(item.latent_cache_path).name.split("_")[-3].split("-")[0])
-    number = first + item.frame_count // 2
-    (frame,) = dataset.datasource.get_video_data_from_path(str(video), number, number + 1)
-    file = folder.joinpath(*video.parent.parts[1:], f"{Path(item.latent_cache_path).stem}.png")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.asarray(frame)).save(file)
-    return file
+def _has_other_size(file: Path, size: Size) -> bool:
+    """Whether an image is no longer of the size that it had when its latents were cached, turned or not."""
+    try:
+        with Image.open(file) as image:
+            return sorted(image.size) != sorted(size)
+    except image_files.UNREADABLE:
+        return False  # measuring it says why
 
 
 class _Encoder:

@@ -75,7 +75,9 @@ class TokenGuidance:
                 times = 0 if info.is_reg else info.num_repeats
                 shown[Path(info.absolute_path)] = shown.get(Path(info.absolute_path), 0) + times
         self.features: Features = features_of.load(shown, command(run.args))
-        self._by_name = {str(path): values for path, values in self.features.by_image.items()}
+        infos = [info for dataset in datasets for info in dataset.image_data.values()]
+        by_image = self.features.by_image
+        self._by_name = {image_names.name_of(info): by_image[Path(info.absolute_path)] for info in infos}
         if text_width is not None:
             features_of.check_width(self.features, text_width, command(run.args))
         image_names.add_to(datasets)

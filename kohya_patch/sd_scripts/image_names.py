@@ -30,13 +30,29 @@ def check(datasets: Iterable[Any], option: str, remedy: str) -> None:
 
 
 def add_to(datasets: Iterable[Any]) -> None:
-    """Let the batches of these data sets name their images: absolute paths in their order."""
+    """Let the batches of these data sets name their images, as `name_of` does, in their order."""
     for dataset in datasets:
         let_name_images(dataset, _names_of)
+
+
+def name_of(info: Any) -> str:
+    """What a batch calls an image: its path and the size at which it is trained; data sets may train it at several.
+
+    Args:
+        info: sd-scripts' description of the image.
+    """
+    width, height = size_of(info)
+    return f"{Path(info.absolute_path)} {width}x{height}"
+
+
+def size_of(info: Any) -> tuple[int, int]:
+    """(width, height) to which an image is resized before it is cropped."""
+    width, height = info.resized_size or info.bucket_reso
+    return int(width), int(height)
 
 
 def _names_of(dataset: Any, index: int) -> list[str]:
     place = dataset.buckets_indices[index]
     first = place.batch_index * place.bucket_batch_size
     keys = dataset.bucket_manager.buckets[place.bucket_index][first : first + place.bucket_batch_size]
-    return [str(Path(dataset.image_data[key].absolute_path)) for key in keys]
+    return [name_of(dataset.image_data[key]) for key in keys]

@@ -15,13 +15,15 @@ from torch import Tensor
 from freq_loss_plugin import ConfigError, FreqLossConfig
 from freq_loss_plugin.image_folders import SOURCES, find_images
 from freq_loss_plugin.image_quality.detectability import signal_to_noise, stable_diffusion_alphas
-from freq_loss_plugin.image_quality.measurement import as_pixels
-from freq_loss_plugin.image_quality.survey import Size, Survey, survey
+from freq_loss_plugin.image_quality.old_caches import warn_of_old
+from freq_loss_plugin.image_quality.pixels import as_pixels
+from freq_loss_plugin.image_quality.survey import survey
+from freq_loss_plugin.image_quality.trained_image import TrainedImage
 from freq_loss_plugin.loss.latents import NUM_TRAIN_TIMESTEPS
 from freq_loss_plugin.options.image_rules import rules_by_image
 from freq_loss_plugin.training.random_streams import separate_random_stream
 
-from ..image_quality import OPTION, measure_together
+from ..image_quality import OPTION, ImageQuality, in_one_process, measure_together
 from . import image_names
 from .trainers import TrainingRun
 
@@ -39,7 +41,7 @@ def check(config: FreqLossConfig, args: argparse.Namespace) -> None:
         rules_by_image(config.image_rules, find_images(**{name: getattr(args, name, None) for name in SOURCES}))
 
 
-def make_survey(run: TrainingRun, config: FreqLossConfig, vae: Any) -> Survey:
+def make_quality(run: TrainingRun, config: FreqLossConfig, vae: Any) -> ImageQuality:
     """What is known of the images of a run, whose data sets will name the images of a batch.
 
     Args:
@@ -55,18 +57,25 @@ def make_survey(run: TrainingRun, config: FreqLossConfig, vae: Any) -> Survey:
     args = run.args
     prediction_type = run.family.prediction_type(args)
     alphas = stable_diffusion_alphas(zero_terminal_snr=bool(getattr(args, "zero_terminal_snr", False)))
+    infos = [info for dataset in run.datasets for info in dataset.image_data.values()]
+    names = {
+        image_names.name_of(info): TrainedImage(Path(info.absolute_path), image_names.size_of(info)) for info in infos
+    }
     encoder = _Encoder(run, vae)
-    with encoder.on_device():
+    with encoder.restoring():
         found = survey(
-            _sizes(run),
+            names.values(),
             config,
             encoder.encode,
             signal_to_noise(prediction_type, alphas),
             end=getattr(args, "max_timestep", None) or NUM_TRAIN_TIMESTEPS,
             measure=measure_together,
+            once=in_one_process,
         )
+    caches = {info.latents_npz: info.absolute_path for info in infos if getattr(info, "latents_npz", None)}
+    old = warn_of_old({Path(cache): Path(image) for cache, image in caches.items()})
     image_names.add_to(run.datasets)
-    return found
+    return ImageQuality(found.with_warnings(old), names)
 
 
 class _Encoder:
@@ -84,13 +93,12 @@ class _Encoder:
         self._args, self._vae, self._device = run.args, vae, PartialState().device
 
     @contextmanager
-    def on_device(self) -> Iterator[None]:
-        """Have the VAE on the training device for as long as this lasts."""
+    def restoring(self) -> Iterator[None]:
+        """Leave the VAE on the device where it was; the process that encodes has it on the training device."""
         if not isinstance(self._vae, torch.nn.Module):
             yield
             return
         was = next(self._vae.parameters()).device
-        self._vae.to(self._device)
         try:
             yield
         finally:
@@ -104,6 +112,7 @@ class _Encoder:
                 f"{OPTION}: needs the VAE to compare images, and sd-scripts gave {type(self._vae).__name__} to the "
                 "network module; set least timesteps by hand in [freq_loss.image_quality]"
             )
+        self._vae.to(self._device)
         pixels = (as_pixels(image)[None] * 2 - 1).to(self._device, next(self._vae.parameters()).dtype)
         with separate_random_stream(OPTION, self._device):
             latents = self._trainer.encode_images_to_latents(self._args, self._vae, pixels)
@@ -114,14 +123,3 @@ class _Encoder:
                 "in half precision"
             )
         return latents
-
-
-def _sizes(run: TrainingRun) -> dict[Path, Size]:
-    """All training images, and the size to which each is resized; of an image with several, the largest."""
-    sizes: dict[Path, Size] = {}
-    for dataset in run.datasets:
-        for info in dataset.image_data.values():
-            image = Path(info.absolute_path)
-            size = tuple(info.resized_size or info.bucket_reso)
-            sizes[image] = max(sizes.get(image, size), size)
-    return sizes

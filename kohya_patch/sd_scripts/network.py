@@ -14,7 +14,6 @@ from freq_loss_plugin import ConfigError, FreqLossConfig
 
 from .. import checks, config_file, report, wrapped_module
 from ..host import UnsupportedTrainerError
-from ..image_quality import ImageQuality
 from . import balance, guidance, host, image_quality
 from .hook import LossHook
 from .host import SD_SCRIPTS
@@ -161,7 +160,7 @@ def _attach(
     if network is None:
         return None  # sd-scripts stops here by itself
     tokens = guidance.TokenGuidance(run, _text_width(arguments)) if config.guided else None
-    quality = ImageQuality(image_quality.make_survey(run, config, _vae(arguments))) if config.gated else None
+    quality = image_quality.make_quality(run, config, _vae(arguments)) if config.gated else None
     LossHook(run, config, module.__name__, tokens, quality).install()
     report.announce(run, config, module.__name__, tokens.features if tokens else None, quality)
     report.warn([*wrapped_module.ignored_args(module, network_args), *config_file.foreign_keys(run.args)])
