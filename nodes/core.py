@@ -24,6 +24,7 @@ ALL_NODES = (
     "folder_paths:get_full_path",
 )
 LORA = (
+    "comfy.lora:load_lora",
     "comfy.lora:model_lora_keys_unet",
     "comfy.lora:model_lora_keys_clip",
     "comfy.lora_convert:convert_lora",
@@ -33,7 +34,6 @@ LORA = (
 )
 GATE = (
     *LORA,
-    "comfy.lora:load_lora",
     "comfy.lora:calculate_weight",
     "comfy.patcher_extension:WrappersMP.CALC_COND_BATCH",
     "comfy.patcher_extension:WrappersMP.APPLY_MODEL",

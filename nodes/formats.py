@@ -15,7 +15,7 @@ AUTO = "auto"
 ALREADY_SCALED = "none (already scaled)"
 
 # The labels are saved in people's workflows and never change. Of several with the same number of channels, auto takes
-# the first.
+# the first. Those that the installed ComfyUI does not have are left out.
 _LABELS = {
     "SD1.x": "SD15",
     "SDXL": "SDXL",
@@ -38,6 +38,8 @@ _LABELS = {
     "MiniMax H3": "MiniMaxH3Video",
     "CogVideoX": "CogVideoX",
     "CogVideoX 1.5": "CogVideoX1_5",
+    "Qwen-Image 2.1": "QwenImage21",
+    "Ming-Image": "MingImage",
 }
 
 
@@ -126,16 +128,24 @@ def describe_colors(choice: str, selected: Any | None) -> str:
         choice: the entry of the list that the user has chosen.
         selected: the format that `select_format` returned for it.
     """
-    guessed = choice == AUTO and selected is not None and len(_formats_with(selected.latent_channels)) > 1
-    return f"colors: {format_label(selected)}{' (guessed)' if guessed else ''}"
+    label = f"colors: {format_label(selected)}"
+    if choice != AUTO or selected is None:
+        return label
+    alike = len(_formats_with(selected.latent_channels))
+    if alike == 1:
+        return label
+    return f"{label} (guessed: {alike} formats have {selected.latent_channels} channels; choose one in latent_format)"
 
 
 def to_model_scale(latents: Tensor, selected: Any | None) -> Tensor:
-    """Latents in the scale in which the model sees them; video formats also take images."""
+    """Latents in the scale in which the model sees them; video formats also take images, and the reverse."""
     if selected is None:
         return latents
     if selected.latent_dimensions == 3 and latents.ndim == 4:
         return selected.process_in(latents.unsqueeze(2)).squeeze(2)
+    if selected.latent_dimensions == 2 and latents.ndim == 5:
+        # Frame by frame: values for each channel have the shape (1, C, 1, 1).
+        return torch.stack([selected.process_in(frame) for frame in latents.unbind(2)], dim=2)
     return selected.process_in(latents)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..freq_loss_plugin.lora.metadata import LoraFile, LoraFileError
 from ..freq_loss_plugin.lora.side_branch import Bias, Branch, Dense, LowRank, can_attach, weight_shape
+from .lora_match import read_patches
 
 
 def lora_branches(lora: LoraFile, weights: dict[str, Tensor], model: Any) -> dict[str, list[Branch]]:
@@ -26,7 +27,14 @@ def lora_branches(lora: LoraFile, weights: dict[str, Tensor], model: Any) -> dic
         LoraFileError: a module is not something that is added to a layer's output.
     """
     targets = comfy.lora.model_lora_keys_unet(model.model, {})
-    patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(weights), targets, log_missing=False)
+    tensors = comfy.lora_convert.convert_lora(weights)
+    patches = read_patches(tensors, targets, [model.model])
+    # By the file's names: the positions of these tensors in core's adapters differ between its versions.
+    no_additions = {
+        target
+        for name, target in targets.items()
+        if f"{name}.dora_scale" in tensors or f"{name}.reshape_weight" in tensors
+    }
     branches: dict[str, list[Branch]] = {}
     for target, patch in patches.items():
         # A target is the key of a weight, or that key with the rows that are adapted, and a function of the change.
@@ -38,7 +46,8 @@ def lora_branches(lora: LoraFile, weights: dict[str, Tensor], model: Any) -> dic
                 f"{lora.name} cannot be gated: the weight of the layer {path} is packed in an unknown format, so the "
                 "LoRA cannot run beside it. Use a LoRA loader"
             )
-        branch = _make_branch(patch, key, offset, function, layer) if can_attach(layer) else None
+        is_addition = target not in no_additions and can_attach(layer)
+        branch = _make_branch(patch, key, offset, function, layer) if is_addition else None
         if branch is None:
             raise LoraFileError(
                 f"{lora.name} cannot be gated: it adapts {path} by something other than an addition to the layer's "
@@ -65,12 +74,10 @@ def _make_branch(patch: Any, key: str, offset: Any, function: Any, layer: Any) -
     if key.endswith(".bias"):
         return Bias(patch[1][0]) if patch_type == "diff" and offset is None and function is None else None
     shape = weight_shape(layer)
-    if shape is None or patch_type not in ("lora", "loha", "lokr", "diff") or _has_dora(patch):
+    if shape is None or patch_type not in ("lora", "loha", "lokr", "diff"):
         return None
     if patch_type == "lora" and function is None and (offset is None or offset[0] == 0):
-        up, down, alpha, mid, _, reshape = patch.weights
-        if reshape is not None:
-            return None
+        up, down, alpha, mid = patch.weights[:4]
         if mid is None:
             scale = 1.0 if alpha is None else alpha / down.shape[0]
             padding = (0, 0) if offset is None else (offset[1], shape[0] - offset[1] - offset[2])
@@ -86,9 +93,3 @@ def _make_branch(patch: Any, key: str, offset: Any, function: Any, layer: Any) -
 
 def _patch_type(patch: Any) -> str:
     return getattr(patch, "name", None) or str(patch[0])
-
-
-def _has_dora(patch: Any) -> bool:
-    """Whether a patch has DoRA's magnitudes, which are the fifth tensor of a LoRA, and the last of LoHa and LoKr."""
-    position = {"lora": 4, "loha": -1, "lokr": -1}.get(_patch_type(patch))
-    return position is not None and patch.weights[position] is not None

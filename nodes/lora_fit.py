@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-import comfy.lora
-import comfy.lora_convert
 import comfy.sd
-import comfy.utils
 from torch import Tensor
 
-from ..freq_loss_plugin.lora.metadata import LoraFile, LoraFileError, mismatch_reason, module_of
-from ..freq_loss_plugin.lora.side_branch import weight_shape
+from ..freq_loss_plugin.lora.metadata import LoraFile, LoraFileError, mismatch_reason
 from . import core
+from .lora_match import ModuleMatch, describe_unused, match_modules
 
 # ComfyUI's own model classes, and the family of each as `LoraFile.base_model` names it. Subclasses are other models as
 # often as variants (Flux2 is a subclass of Flux), so the variants are listed, too.
@@ -62,17 +57,9 @@ class FitReport(NamedTuple):
         return "\n".join([*(f"WARNING: {warning}" for warning in self.warnings), self.summary])
 
 
-class ModuleMatch(NamedTuple):
-    """The names of a LoRA's modules, by how they match the layers of a model."""
-
-    matched: tuple[str, ...]
-    unknown: tuple[str, ...]
-    """No layer of the model has this name."""
-    wrong_size: tuple[str, ...]
-    """The layer of this name has another size."""
-
-
-def check_fit(lora: LoraFile, weights: dict[str, Tensor], model: Any, clip: Any) -> FitReport:
+def check_fit(
+    lora: LoraFile, weights: dict[str, Tensor], model: Any, clip: Any, strength: float = 1.0, strength_clip: float = 1.0
+) -> FitReport:
     """Compare a LoRA with a model, before core applies it.
 
     Args:
@@ -80,37 +67,44 @@ def check_fit(lora: LoraFile, weights: dict[str, Tensor], model: Any, clip: Any)
         weights: its tensors.
         model: ComfyUI's model patcher.
         clip: ComfyUI's text encoder, or None.
+        strength: of the LoRA in the model; with 0 its modules there are not expected to fit.
+        strength_clip: of the LoRA in the text encoder; the same.
 
     Raises:
         LoraFileError: none of the modules fits.
     """
     family = _model_family(model)
-    match = _match_modules(weights, model, clip)
-    # Where no text encoder is connected, its modules are not expected to fit.
-    skipped = set(lora.text_encoder_modules) if clip is None else set()
-    misfits = [name for name in (*match.unknown, *match.wrong_size) if name not in skipped]
+    match = match_modules(weights, model if strength != 0 else None, clip if strength_clip != 0 else None)
+    skipped = _skipped_modules(match, clip, strength, strength_clip)
+    skipped_names = {name for names in skipped.values() for name in names}
+    misfits = [name for name in (*match.unknown, *match.wrong_size) if name not in skipped_names]
     expected = len(match.matched) + len(misfits)
     reason = mismatch_reason(lora, family, match.wrong_size)
-    if not match.matched:
+    if misfits and not match.matched:
         raise LoraFileError(
             f"{lora.name} does not fit: none of its {expected} modules matches a layer of this model"
             f"{f' ({family})' if family else ''}. Likely reason: {reason}. Choose a LoRA that was trained on this kind "
             "of model"
         )
-    warnings = []
+    if not expected and strength != 0 and clip is None:
+        raise LoraFileError(
+            f"{lora.name} would have no effect: all of its {len(skipped_names)} modules are of the text encoder, and "
+            "no clip is connected. Use the node Load LoRA with Training Info, and connect the text encoder to its clip"
+        )
+    warnings = [] if expected else ["no effect, since all of its modules are skipped"]
     if lora.base_model and family and lora.base_model != family:
         warnings.append(f"trained on {lora.base_model}, and this model is {family}")
     if misfits:
         warnings.append(
             f"only {len(match.matched)} of {expected} modules fit; likely reason: {reason} (the first is {misfits[0]})"
         )
+    if match.unused:
+        warnings.append(describe_unused(match))
     if lora.has_guidance_token:
         warnings.append(_GUIDANCE_TOKEN_WARNING)
-    summary = f"applied: {len(match.matched)} of {expected} modules"
-    if skipped:
-        summary += f"; {len(skipped)} of the text encoder are skipped, since no clip is connected"
-    kept = {key: weight for key, weight in weights.items() if module_of(key) not in match.wrong_size}
-    return FitReport(tuple(warnings), summary, kept)
+    parts = [f"applied: {len(match.matched)} of {expected} modules"]
+    parts += [f"{len(names)} {of_what}" for of_what, names in skipped.items()]
+    return FitReport(tuple(warnings), "; ".join(parts), match.weights)
 
 
 def apply_lora(
@@ -126,50 +120,23 @@ def apply_lora(
         strength: of the LoRA in the model.
         strength_clip: of the LoRA in the text encoder.
     """
-    if strength == 0 and (strength_clip == 0 or clip is None):
-        return model, clip
     metadata = dict(lora.metadata) or None
     return core.call_supported(
         comfy.sd.load_lora_for_models, model, clip, weights, strength, strength_clip, lora_metadata=metadata
     )
 
 
-def _match_modules(weights: dict[str, Tensor], model: Any, clip: Any) -> ModuleMatch:
-    """Compare a LoRA, after core's own renaming, with the layers of a model."""
-    targets = {key: (model.model, target) for key, target in comfy.lora.model_lora_keys_unet(model.model, {}).items()}
-    if clip is not None:
-        encoder = clip.cond_stage_model
-        targets |= {key: (encoder, target) for key, target in comfy.lora.model_lora_keys_clip(encoder, {}).items()}
-    converted = comfy.lora_convert.convert_lora(weights)
-    shapes = {key: tuple(weight.shape) for key, weight in converted.items()}
-    matched, unknown, wrong_size = [], [], []
-    for name in LoraFile("", {}, shapes).modules:
-        if name not in targets:
-            unknown.append(name)
-        elif _has_layer_size(name, shapes, *targets[name]):
-            matched.append(name)
-        else:
-            wrong_size.append(name)
-    return ModuleMatch(tuple(matched), tuple(unknown), tuple(wrong_size))
-
-
-def _has_layer_size(name: str, shapes: dict[str, tuple[int, ...]], model: Any, target: Any) -> bool:
-    """Whether up·down has as many values as the layer's weight; True, as in core, where that cannot be determined."""
-    up = _first_shape(shapes, (f"{name}.lora_up.weight", f"{name}.lora_B.weight", f"{name}.lora.up.weight"))
-    down = _first_shape(shapes, (f"{name}.lora_down.weight", f"{name}.lora_A.weight", f"{name}.lora.down.weight"))
-    changes_size = f"{name}.lora_mid.weight" in shapes or f"{name}.reshape_weight" in shapes
-    if up is None or down is None or changes_size or not isinstance(target, str):
-        return True
-    path, _, parameter = target.rpartition(".")
-    try:
-        shape = weight_shape(comfy.utils.get_attr(model, path)) if parameter == "weight" else None
-    except AttributeError:
-        return True
-    return shape is None or up[0] * math.prod(down[1:]) == math.prod(shape)
-
-
-def _first_shape(shapes: dict[str, tuple[int, ...]], names: Iterable[str]) -> tuple[int, ...] | None:
-    return next((shapes[name] for name in names if name in shapes), None)
+def _skipped_modules(match: ModuleMatch, clip: Any, strength: float, strength_clip: float) -> dict[str, list[str]]:
+    """The modules of what is not to be adapted, by where they are and why they are skipped."""
+    why_not_clip = "no clip is connected" if clip is None else "strength_clip is 0" if strength_clip == 0 else ""
+    skipped = {}
+    if why_not_clip:
+        names = [name for name in match.unknown if name in match.text_encoder]
+        skipped[f"of the text encoder are skipped, since {why_not_clip}"] = names
+    if strength == 0:
+        names = [name for name in match.unknown if name not in match.text_encoder]
+        skipped["of the diffusion model are skipped, since strength_model is 0"] = names
+    return {of_what: names for of_what, names in skipped.items() if names}
 
 
 def _model_family(model: Any) -> str | None:

@@ -20,7 +20,7 @@ from ..freq_loss_plugin.loss.params import BandSpec
 from . import core
 from .inputs import band_inputs, check_not_packed, node_output
 from .lora_branches import lora_branches
-from .lora_files import SWITCHED_OFF, LoraFileNode, load_lora, lora_input, read_header
+from .lora_files import SWITCHED_OFF, LoraFileNode, load_lora, lora_input
 from .lora_fit import apply_lora, check_fit
 from .schema import schema, widget
 
@@ -72,6 +72,8 @@ class LoraBandGate(LoraFileNode):
         cutoff: float,
     ) -> io.NodeOutput:
         """Add the gate to a clone of the model, or only the LoRA where a gate would make no difference."""
+        if low_strength == high_strength == 0:
+            return node_output(cls, model, text=SWITCHED_OFF)
         if start_percent >= end_percent:
             raise ValueError(
                 f"start_percent = {start_percent:g} and end_percent = {end_percent:g}: the LoRA would never act; the "
@@ -79,9 +81,6 @@ class LoraBandGate(LoraFileNode):
             )
         core.require(core.GATE, "Gate LoRA by Frequency Band")
         bands = BandSpec(method, wavelet, levels, cutoff)
-        if low_strength == high_strength == 0:
-            read_header(lora_name)
-            return node_output(cls, model, text=SWITCHED_OFF)
         lora, weights = load_lora(lora_name)
         fit = check_fit(lora, weights, model, None)
         equal_strengths = low_strength == high_strength

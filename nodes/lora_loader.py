@@ -6,6 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..freq_loss_plugin.lora.metadata import LoraFileError
 from . import core
 from .inputs import log, node_output
 from .lora_files import SWITCHED_OFF, LoraFileNode, load_lora, lora_input, read_header
@@ -49,14 +50,22 @@ class LoraLoader(LoraFileNode):
         cls, model: Any, lora_name: str, strength_model: float, strength_clip: float, clip: Any = None
     ) -> io.NodeOutput:
         """Read the header, check the fit, then let core apply it."""
-        core.require(core.LORA, "Load LoRA with Training Info")
-        if strength_model == strength_clip == 0:
-            info = f"{SWITCHED_OFF}\n{read_header(lora_name).describe()}"
+        if strength_model == 0 and (strength_clip == 0 or clip is None):
+            info = f"{SWITCHED_OFF}\n{_describe_file(lora_name)}"
             return node_output(cls, model, clip, info, text=info)
+        core.require(core.LORA, "Load LoRA with Training Info")
         lora, weights = load_lora(lora_name)
-        fit = check_fit(lora, weights, model, clip)
+        fit = check_fit(lora, weights, model, clip, strength_model, strength_clip)
         for warning in fit.warnings:
             log.warning("freq_loss_plugin: %s: %s", lora_name, warning)
         adapted, adapted_clip = apply_lora(lora, fit.weights, model, clip, strength_model, strength_clip)
         info = f"{fit.describe()}\n{lora.describe()}"
         return node_output(cls, adapted, adapted_clip, info, text=info)
+
+
+def _describe_file(lora_name: str) -> str:
+    """The training metadata, or what is wrong with a file that is not applied."""
+    try:
+        return read_header(lora_name).describe()
+    except LoraFileError as error:
+        return str(error)

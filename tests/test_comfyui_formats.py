@@ -14,7 +14,14 @@ nodes = comfyui_prompts.nodes
 # Saved in people's workflows: this list only grows.
 FROZEN = """SD1.x, SDXL, FLUX, SD3, Wan 2.1 / Qwen-Image, HunyuanVideo, HunyuanImage 2.1, Wan 2.2, LTX-Video, Mochi,
 Cosmos, Playground 2.5, Stable Cascade B, Stable Cascade C, pixel space""".replace("\n", " ").split(", ")
-NEWER = {"FLUX.2": "Flux2", "HunyuanVideo 1.5": "HunyuanVideo15", "LTX-2": "LTXAV", "MiniMax H3": "MiniMaxH3Video"}
+NEWER = {
+    "FLUX.2": "Flux2",
+    "HunyuanVideo 1.5": "HunyuanVideo15",
+    "LTX-2": "LTXAV",
+    "MiniMax H3": "MiniMaxH3Video",
+    "Qwen-Image 2.1": "QwenImage21",
+    "Ming-Image": "MingImage",
+}
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +77,21 @@ def test_the_labels_of_workflows_stay_and_newer_formats_follow(formats):
 
 def test_auto_takes_images_for_images_and_video_for_video(formats):
     auto, core = formats["auto"], formats["core"]
-    assert auto["4 4-D"] == "colors: SD1.x (guessed)"
-    assert auto["16 4-D"] == auto["16 5-D"] == "colors: FLUX (guessed)"
-    assert auto["64 4-D"] == "colors: HunyuanImage 2.1"
+
+    def guessed(label, channels):
+        alike = sum(number == channels for _, number, _ in formats["offered"].values())
+        assert alike > 1
+        return f"colors: {label} (guessed: {alike} formats have {channels} channels; choose one in latent_format)"
+
+    assert auto["4 4-D"] == guessed("SD1.x", 4)
+    assert auto["16 4-D"] == auto["16 5-D"] == guessed("FLUX", 16)
+    if "QwenImage21" not in core:
+        assert auto["64 4-D"] == "colors: HunyuanImage 2.1"
     assert auto["48 5-D"] == "colors: Wan 2.2"
     assert auto["7 4-D"] == "colors: mean of the channels"
     if "Flux2" in core:
-        assert auto["128 4-D"] == "colors: FLUX.2 (guessed)"
-        assert auto["128 5-D"] == "colors: LTX-Video (guessed)"
+        assert auto["128 4-D"] == guessed("FLUX.2", 128)
+        assert auto["128 5-D"] == guessed("LTX-Video", 128)
         assert auto["32 5-D"] == "colors: HunyuanVideo 1.5"
 
 
@@ -111,3 +125,54 @@ def test_the_loss_scales_images_by_video_formats(nodes):
     ]
     image, frame = nodes(*calls)
     assert image[:3] == pytest.approx(frame[:3], rel=1e-5)
+
+
+def test_formats_of_newer_versions_are_offered_by_name_and_scaled_by_their_own_class():
+    """ComfyUI 0.37 and newer: 64 channels with a mean and a standard deviation each, and 16 with one factor.
+
+    The classes here have made-up values; what is tested is that the installed class is found and asked.
+    """
+    answer = in_comfyui(
+        """
+        import comfy.latent_formats as known
+        import torch
+
+        class QwenImage21(known.LatentFormat):
+            latent_channels = 64
+
+            def __init__(self):
+                self.latent_rgb_factors = [[0.01, 0.0, -0.01]] * 64
+                self.mean = torch.arange(64.0).view(1, 64, 1, 1)
+
+            def process_in(self, latent):
+                return (latent - self.mean) / 4
+
+        class MingImage(known.LatentFormat):
+            latent_channels, scale_factor = 16, 8.0
+
+        answer = {}
+        for made in (QwenImage21, MingImage):
+            if not hasattr(known, made.__name__):
+                setattr(known, made.__name__, made)
+                answer[made.__name__] = "made up"
+        formats = pack("formats")
+        answer["labels"] = list(formats.FORMATS)
+        latents = torch.randn(2, 64, 3, 4, 6)
+        answer["auto"] = formats.describe_colors("auto", formats.select_format("auto", latents[:, :, 0]))
+        qwen = formats.select_format("Qwen-Image 2.1", latents)
+        whole = formats.to_model_scale(latents, qwen)
+        frames = [qwen.process_in(latents[:, :, frame]) for frame in range(3)]
+        answer["frames"] = torch.equal(whole, torch.stack(frames, dim=2))
+        answer["chosen"] = formats.describe_colors("Qwen-Image 2.1", qwen)
+        ming = formats.select_format("Ming-Image", torch.zeros(1, 16, 4, 4))
+        answer["ming"] = formats.to_model_scale(torch.ones(1, 16, 4, 4), ming).unique().tolist()
+        """
+    )
+    assert {"Qwen-Image 2.1", "Ming-Image"} < set(answer["labels"])
+    assert answer["auto"] == (
+        "colors: HunyuanImage 2.1 (guessed: 2 formats have 64 channels; choose one in latent_format)"
+    )
+    assert answer["frames"]
+    assert answer["chosen"] == "colors: Qwen-Image 2.1"
+    if "MingImage" in answer:
+        assert answer["ming"] == [8.0]

@@ -28,7 +28,10 @@ def test_the_loader_does_exactly_what_cores_loader_does(sample):
         assert torch.equal(made, expected)
         assert (made - bare).abs().max() > 0.05
         (text,) = shown["lora"]["text"]
-        assert text.startswith("applied: 204 of 204 modules\nbase model: SD1.x")
+        applied = "204 of 204 modules"
+        if clip == 0:
+            applied = "192 of 192 modules; 12 of the text encoder are skipped, since strength_clip is 0"
+        assert text.startswith(f"applied: {applied}\nbase model: SD1.x")
         assert "frequency loss: dist_match 0.05, resolved_method wavelet" in text
         assert "WARNING" not in text
 
@@ -42,22 +45,56 @@ def test_the_loader_without_a_text_encoder(sample):
     )
 
 
-def test_strengths_of_zero_switch_a_node_off_even_for_a_lora_that_does_not_fit(comfyui_server, sample):
+def test_strengths_of_zero_switch_a_node_off_whatever_the_file(comfyui_server, trained, sample):
     bare, _ = sample(sampling(["checkpoint", 0]))
+    loras = comfyui_server.folder / "models" / "loras"
     # In folders, and in no Latin script.
     name = "\u7d75\u67c4/\u30e2\u30c7\u30eb\u5225/\u30b9\u30bf\u30a4\u30eb \u2665.safetensors"
-    file = comfyui_server.folder / "models" / "loras" / name
-    file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(sdxl_lora(), file)
-    off = loader(0.0, 0.0, name=name, clip=["checkpoint", 1])
-    made, shown = sample(sampling(["lora", 0], ["lora", 1], lora=off))
-    assert torch.equal(made, bare)
-    assert shown["lora"]["text"][0].startswith("not applied: the strengths are 0\n")
-    gated = gate(0.0, 0.0)
-    gated["inputs"]["lora_name"] = name
-    made, shown = sample(sampling(["lora", 0], lora=gated))
-    assert torch.equal(made, bare)
-    assert shown["lora"]["text"] == ["not applied: the strengths are 0"]
+    (loras / name).parent.mkdir(parents=True, exist_ok=True)
+    save_file(sdxl_lora(), loras / name)
+    (loras / "half.safetensors").write_bytes(trained.lora.read_bytes()[:200])
+    described = {
+        name: "base model: SDXL",
+        "half.safetensors": "half.safetensors is truncated",
+        "nowhere.safetensors": "nowhere.safetensors is not in models/loras",
+    }
+    for file, words in described.items():
+        # From another node, so that ComfyUI itself does not object to a file that is missing.
+        given = {"name": node("TinySD_Name", name=file)}
+        for off in ({"clip": ["checkpoint", 1]}, {"strength_clip": 1.0}):
+            used = loader(0.0, **{"strength_clip": 0.0, **off}, name=["name", 0])
+            made, shown = sample(sampling(["lora", 0], ["lora", 1] if "clip" in off else None, lora=used, **given))
+            assert torch.equal(made, bare)
+            assert shown["lora"]["text"][0].startswith(f"not applied: the strengths are 0\n{words}")
+        for start, end in ((0.0, 1.0), (0.5, 0.5), (0.7, 0.2)):
+            gated = gate(0.0, 0.0, start, end)
+            gated["inputs"]["lora_name"] = ["name", 0]
+            made, shown = sample(sampling(["lora", 0], lora=gated, **given))
+            assert torch.equal(made, bare)
+            assert shown["lora"]["text"] == ["not applied: the strengths are 0"]
+
+
+def test_what_a_strength_of_0_switches_off_is_not_counted(comfyui_server, trained, sample):
+    weights = load_file(trained.lora)
+    loras = comfyui_server.folder / "models" / "loras"
+    for part in ("unet", "te"):
+        save_file({key: value for key, value in weights.items() if f"lora_{part}_" in key}, loras / f"{part}.sft")
+    off = "of the diffusion model are skipped, since strength_model is 0"
+    expected, _ = sample(sampling(["lora", 0], ["lora", 1], lora=core(0.0, 1.0)))
+    made, shown = sample(sampling(["lora", 0], ["lora", 1], lora=loader(0.0, 1.0, clip=["checkpoint", 1])))
+    assert torch.equal(made, expected)
+    assert shown["lora"]["text"][0].startswith(f"applied: 12 of 12 modules; 192 {off}\n")
+    bare, _ = sample(sampling(["checkpoint", 0]))
+    for part, strengths, skipped in (
+        ("unet", (0.0, 1.0), f"192 {off}"),
+        ("te", (1.0, 0.0), "12 of the text encoder are skipped, since strength_clip is 0"),
+    ):
+        given = loader(*strengths, name=f"{part}.sft", clip=["checkpoint", 1])
+        made, shown = sample(sampling(["lora", 0], ["lora", 1], lora=given))
+        assert torch.equal(made, bare)
+        assert shown["lora"]["text"][0].startswith(
+            f"WARNING: no effect, since all of its modules are skipped\napplied: 0 of 0 modules; {skipped}\n"
+        )
 
 
 def test_a_lora_in_a_subfolder_with_a_name_in_any_script(comfyui_server, trained, sample):
@@ -149,6 +186,67 @@ def test_a_lora_that_fits_in_part_is_applied_with_a_warning(comfyui_server, trai
     assert "elsewhere" in warnings[1]
     assert warnings[2].startswith("WARNING: trained with a guidance token")
     assert "only 201 of 204 modules fit" in comfyui_server.log.read_text()
+
+
+def test_a_lora_of_the_text_encoder_alone_needs_a_clip(comfyui_server, trained):
+    from server import PromptError
+
+    name = "te_alone.safetensors"
+    weights = {key: value for key, value in load_file(trained.lora).items() if "lora_te_" in key}
+    save_file(weights, comfyui_server.folder / "models" / "loras" / name)
+    gated = gate(1.0, 0.0)
+    gated["inputs"]["lora_name"] = name
+    for used in (loader(1.0, name=name), gated):
+        with pytest.raises(
+            PromptError,
+            match=f"{name} would have no effect: all of its 12 modules are of the text encoder, and no clip",
+        ):
+            comfyui_server.run(sampling(["lora", 0], lora=used))
+
+
+def extra(kind, weights):
+    """Tensors that ComfyUI leaves out, for a LoRA with these."""
+    ups = [key for key in weights if key.startswith("lora_unet_") and key.endswith(".lora_up.weight")]
+    modules = [key.removesuffix(".lora_up.weight") for key in ups[:3]]
+    if "DoRA" in kind:
+        ending = ".weight" if "newer" in kind else ""
+        return {f"{name}.lora_magnitude_vector{ending}": torch.ones(8) for name in modules}
+    if kind == "embeddings":
+        return {f"bundle_emb.word.string_to_param.{key}": torch.ones(2, 768) for key in ("*", "clip_l")}
+    if kind == "a scale":
+        return {f"{modules[0]}.scalar": torch.ones(())}
+    return {f"{modules[0]}.lora_A.bias": torch.ones(8), "something_else": torch.ones(1)}
+
+
+UNUSED = {
+    "PEFT's DoRA": "3 tensors of the file are not used, since ComfyUI does not know them: 3 lora_magnitude_vector",
+    "PEFT's DoRA, as newer versions name it": "3 tensors of the file are not used, since ComfyUI does not know them: "
+    "3 lora_magnitude_vector (DoRA in PEFT's format, so the effect is not the trained one)",
+    "embeddings": "2 tensors of the file are not used, since ComfyUI does not know them: 2 bundle_emb (embeddings; to ",
+    "a scale": "1 tensor of the file is not used, since ComfyUI does not know it: 1 scalar",
+    "a bias": "2 tensors of the file are not used, since ComfyUI does not know them: 1 lora_A.bias; 1 something_else",
+}
+
+
+@pytest.mark.parametrize("kind", UNUSED)
+def test_tensors_that_comfyui_leaves_out_are_counted_and_named(comfyui_server, trained, sample, kind):
+    weights = load_file(trained.lora)
+    more = extra(kind, weights)
+    name = f"{kind.split()[-1]}.safetensors"
+    save_file(weights | more, comfyui_server.folder / "models" / "loras" / name)
+    expected, _ = sample(sampling(["lora", 0], ["lora", 1], steps=1, lora=core(1.0, 1.0, name=name)))
+    for key in more:
+        assert f"lora key not loaded: {key}\n" in comfyui_server.log.read_text()
+    whole = loader(name=name, clip=["checkpoint", 1])
+    made, shown = sample(sampling(["lora", 0], ["lora", 1], steps=1, lora=whole))
+    assert torch.equal(made, expected)
+    first, second = shown["lora"]["text"][0].splitlines()[:2]
+    assert first.startswith(f"WARNING: {UNUSED[kind]}")
+    assert second == "applied: 204 of 204 modules"
+    gated = gate(1.0, 0.0)
+    gated["inputs"]["lora_name"] = name
+    _, shown = sample(sampling(["gate", 0], steps=1, gate=gated))
+    assert shown["gate"]["text"][0].startswith(f"WARNING: {UNUSED[kind]}")
 
 
 def test_modules_of_another_size_are_left_out_by_both_nodes(comfyui_server, sample):

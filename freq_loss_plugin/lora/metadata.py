@@ -43,6 +43,7 @@ _TEXT_WIDTHS = {768: "SD1.x", 1024: "SD2.x", 2048: "SDXL"}
 # Suffixes of tensor names; what precedes them is the name of the adapted module.
 _SUFFIX = re.compile(
     r"\.(lora_(down|up|mid|A|B|linear_layer\.(down|up))(\.default)?(\.weight)?|lora\.(down|up)\.weight|alpha|dora_scale"
+    r"|lora_magnitude_vector(\.default)?(\.weight)?"
     r"|hada_[wt]\d(_[ab])?|lokr_[wt]\d(_[ab])?|oft_(blocks|diag)|rescale|[ab][12]\.weight|diff(_b)?|set_weight"
     r"|[wb]_norm|reshape_weight|scalar|on_input)$|_lora\.(down|up)\.weight$"
 )
@@ -281,4 +282,7 @@ def mismatch_reason(lora: LoraFile, family: str | None, wrong_size: Iterable[str
         return f"it was trained on {lora.base_model}, and this model is {family}"
     if list(wrong_size):
         return "the layers have other sizes here, so it was trained on another model"
-    return "these layers are not part of this model, or the file uses names that ComfyUI does not support"
+    return (
+        "these layers are not part of this model, or the file uses names or a kind of adapter that ComfyUI does not "
+        "support"
+    )
