@@ -183,7 +183,9 @@ def load(settings: Settings, device: torch.device) -> Model:
     if settings.gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
         if TEXT_ENCODER in adapted:
-            pipeline.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
+            encoder = pipeline.text_encoder  # transformers 6 has only the first of these
+            enable = getattr(encoder, "activation_checkpointing_enable", None) or encoder.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
     scheduler = DDPMScheduler.from_config(
         pipeline.scheduler.config,
         prediction_type=settings.prediction_type,
