@@ -128,7 +128,7 @@ def install_for(program: Program, path: Path, *, check_only: bool) -> int:
     Returns:
         The exit status.
     """
-    problems = _check_python(program) or check_checkout(program, path)
+    problems = [*_check_python(program), *_check_folder(program, path)] or check_checkout(program, path)
     if not problems and not check_only:
         print(f"installing the plug-in for {sys.executable}")
         if _pip("install", "--quiet", str(ROOT)):
@@ -152,8 +152,6 @@ def check_checkout(program: Program, path: Path) -> list[str]:
         program: what it is a checkout of.
         path: its folder; nothing is written there.
     """
-    if not (path / program.scripts / program.base).is_file():
-        return [f"{path} has no {Path(program.scripts, program.base)}: expected the folder of {program.repository}"]
     problem = check_host(program, path, plugin=ROOT)["problems"][program.base]
     return [f"{program.base}: {problem}"] if problem else []
 
@@ -204,6 +202,12 @@ def _check_python(program: Program) -> list[str]:
         f"{sys.executable} has no {', '.join(missing)}: this is not the Python that runs {program.name}. Activate its "
         "virtual environment (for instance: source venv/bin/activate) and run install.py again"
     ]
+
+
+def _check_folder(program: Program, path: Path) -> list[str]:
+    if (path / program.scripts / program.base).is_file():
+        return []
+    return [f"{path} has no {Path(program.scripts, program.base)}: expected the folder of {program.repository}"]
 
 
 def _check_installation(program: Program, path: Path) -> list[str]:
