@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -87,6 +88,8 @@ MUSUBI_TUNER = Program(
 
 def main() -> int:
     """Run the installation that the command line asks for; returns the exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # as freq_loss_plugin.console, which needs torch
+        sys.stdout.reconfigure(errors="backslashreplace")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     programs = parser.add_mutually_exclusive_group()
     programs.add_argument("--sd-scripts", type=Path, metavar="PATH", help="the folder with train_network.py")
@@ -168,7 +171,7 @@ def check_host(program: Program, path: Path, plugin: Path | None = None) -> Repo
     if plugin is not None:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(plugin), environment.get("PYTHONPATH"))))
     command = [sys.executable, "-B", "-W", "ignore", "-m", f"kohya_patch.{program.package}.host_check", program.base]
-    done = subprocess.run(command, cwd=path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=path, env=environment, capture_output=True, text=True, errors="replace")
     if done.returncode:
         failed = f"the check of {path} failed: {_last_line(done.stderr)}"
         return {"problems": {program.base: failed}, "checks_early": False}
@@ -219,7 +222,9 @@ def _check_installation(program: Program, path: Path) -> list[str]:
         "f.frequency_decomposition(torch.randn(1, 4, 8, 8)); print(f.FreqLossConfig().resolved_method)"
     )
     folder = path if path.is_dir() else None
-    done = subprocess.run([sys.executable, "-B", "-c", code], cwd=folder, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", code], cwd=folder, capture_output=True, text=True, errors="replace"
+    )
     if done.returncode:
         return [f"the installed plug-in does not import: {_last_line(done.stderr)}"]
     if done.stdout.split() != ["wavelet"]:

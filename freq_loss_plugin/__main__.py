@@ -9,6 +9,7 @@ import os
 import sys
 
 from . import ConfigError
+from .console import print_any_text
 from .training.monitor import NonFiniteLossError
 
 # The packages that each command needs; the extra ``train`` in pyproject.toml installs all of them.
@@ -33,6 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         The exit status. An error in the user's input is printed as one message, without a traceback.
     """
+    print_any_text()
     parser = argparse.ArgumentParser(prog="python -m freq_loss_plugin")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     descriptions = {

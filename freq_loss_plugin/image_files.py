@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 # What a note says of an image, and what sd-scripts does with it.
 TRANSPARENT = "transparent: taken on white (sd-scripts trains the colors hidden under it)"
@@ -34,6 +34,28 @@ def missing_package(files: Iterable[Path]) -> str:
     readable = Image.registered_extensions()
     endings = sorted({file.suffix.lower() for file in files} & _PACKAGES.keys() - readable.keys())
     return "".join(f"; {ending} files need a package: pip install {_PACKAGES[ending]}" for ending in endings)
+
+
+def why_unreadable(file: Path, error: Exception) -> str:
+    """Why a file cannot be read, and what to do where that is not plain; a few words.
+
+    Args:
+        file: the file.
+        error: one of `UNREADABLE`, which reading it raised.
+    """
+    if isinstance(error, Image.DecompressionBombError):
+        return f"too large for Pillow, with which trainers read it, too: save it smaller; {str(error).split(', ')[0]}"
+    if file.is_dir():
+        return "a folder, not a file"
+    if isinstance(error, PermissionError):
+        return "there is no permission to read it"
+    if isinstance(error, FileNotFoundError):
+        return "a link to a file that is not there" if file.is_symlink() else "there is no such file"
+    if not file.stat().st_size:
+        return "an empty file"
+    if isinstance(error, UnidentifiedImageError):
+        return "no image, or of a format that Pillow cannot read, whatever its name says"
+    return f"damaged: {str(error) or type(error).__name__}"
 
 
 def open_rgb(file: Path) -> Image.Image:

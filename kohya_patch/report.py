@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from torch import Tensor
 
 from freq_loss_plugin import FreqLossConfig
+from freq_loss_plugin.console import print_any_text
 from freq_loss_plugin.guidance_token.features import Features
 from freq_loss_plugin.options import advice
 from freq_loss_plugin.training.messages import Message, describe
@@ -33,6 +34,7 @@ def announce(
     model = f"{family.name} (prediction type {family.prediction_type(args)})"
     summary = None if quality is None else quality.survey.summary
     block = describe(config, model, network_module, features=features, quality=summary)
+    print_any_text()
     # Not through logging: the programs' handlers would fold the block into a narrow column.
     print("\n".join(["", *block, ""]), flush=True)
     window = (getattr(args, "min_timestep", None), getattr(args, "max_timestep", None))

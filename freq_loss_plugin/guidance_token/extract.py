@@ -15,7 +15,6 @@ from transformers import AutoConfig, CLIPImageProcessor, CLIPVisionModelWithProj
 
 from .. import image_files, image_folders
 from ..atomic_files import write_whole
-from ..image_folders import find_images
 from ..options.fields import ConfigError
 from . import features as guidance
 
@@ -94,11 +93,14 @@ def run(options: argparse.Namespace) -> int:
     """
     if options.batch_size < 1:
         raise ConfigError(f"--batch_size {options.batch_size}: expected a whole number >= 1")
-    images = find_images(**image_folders.sources(image_folders.read_config(options)))
+    found = image_folders.find(**image_folders.sources(image_folders.read_config(options)))
+    images = found.images
     clip = Clip(options.clip, _device(options.device))
     outdated = [image for image in images if not guidance.is_current(image, clip.identity)]
     current = len(images) - len(outdated)
     print(f"{len(images)} images, {current} of them up to date; CLIP {clip.identity}, {clip.width} wide")
+    for warning in found.warnings:
+        print(f"warning: {warning}")
     unreadable = extract(outdated, clip, options.batch_size)
     if unreadable:
         print(f"{len(unreadable)} images cannot be read; repair or remove them and run this again:")
@@ -110,7 +112,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def extract(files: list[Path], clip: Clip, batch_size: int) -> dict[Path, str]:
-    """Write the features of images, each file atomically.
+    """Write the features of images, each file atomically, and print what the user should know of the images.
 
     Args:
         files: the images.
@@ -121,19 +123,24 @@ def extract(files: list[Path], clip: Clip, batch_size: int) -> dict[Path, str]:
         The images that cannot be read, and why.
     """
     unreadable: dict[Path, str] = {}
+    noted: list[tuple[str, Path]] = []
     with tqdm(total=len(files), unit="image", disable=not files) as bar:
         for start in range(0, len(files), batch_size):
             batch = files[start : start + batch_size]
             images: dict[Path, Image.Image] = {}
             for file in batch:
                 try:
-                    images[file] = _read(file)
+                    with Image.open(file) as opened:
+                        images[file] = image_files.as_rgb(opened)
+                        noted += [(f"images, {note}", file) for note in image_files.notes(opened)]
                 except image_files.UNREADABLE as error:
-                    unreadable[file] = str(error) or type(error).__name__
+                    unreadable[file] = image_files.why_unreadable(file, error)
             if images:
                 for file, features in zip(images, clip(list(images.values())), strict=True):
                     _save(file, features, clip)
             bar.update(len(batch))
+    for note in image_folders.in_words(noted):
+        print(f"warning: {note}")
     return unreadable
 
 
@@ -147,12 +154,6 @@ def _save(image: Path, features: Tensor, clip: Clip) -> None:
             f"{file} cannot be written: {error}. Features lie beside their images, where trainers look for them: make "
             "the folder writable, or copy the images to one that is"
         ) from error
-
-
-def _read(image: Path) -> Image.Image:
-    """Read an image as the trainers do: RGB, without its alpha channel, ignoring its EXIF orientation."""
-    with Image.open(image) as opened:
-        return opened.convert("RGB")
 
 
 def _device(name: str) -> torch.device:

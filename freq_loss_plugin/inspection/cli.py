@@ -17,10 +17,13 @@ from torch import Tensor
 from .. import image_files, image_folders
 from ..atomic_files import write_whole
 from ..image_quality.detectability import least_timestep, signal_to_noise, stable_diffusion_alphas
-from ..image_quality.measurement import Measurement, as_pixels
-from ..image_quality.survey import defect_energies, measure_all, pick_references
+from ..image_quality.measurement import Measurement, Size
+from ..image_quality.measuring import measure_all
+from ..image_quality.pixels import as_pixels
+from ..image_quality.sizes import read_buckets
+from ..image_quality.survey import defect_energies, pick_references
+from ..image_quality.trained_image import TrainedImage
 from ..options.config import FreqLossConfig
-from ..options.fields import ConfigError
 from ..toy_model import model_folder
 from ..version import __version__
 from . import page
@@ -32,6 +35,7 @@ the least timestep at which each should train. Writes nothing, unless --json, --
 """
 # Where no resolution is given, images are measured at their own size, but no larger than this.
 _LARGEST = 1024
+_SIZES = ("resolution", "enable_bucket", "bucket_no_upscale")
 _REFERENCE_SIDE = 256  # for a stand-in it need not be more, and a VAE is slow on a CPU
 _STAND_IN = (
     "Least timesteps are those by the VAE of the toy model, a stand-in; a run finds them with its own VAE (see "
@@ -45,6 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     image_folders.add_arguments(parser)
     parser.add_argument("--resolution", metavar="PIXELS", help="of the training, as in sd-scripts: 1024, or 1024,768")
+    for name in ("enable_bucket", "bucket_no_upscale"):
+        parser.add_argument(f"--{name}", action="store_true", default=None, help="as in sd-scripts")
     for name, what in (("json", "everything as JSON"), ("html", "a page with thumbnails"), ("plot", "a plot, as PNG")):
         parser.add_argument(f"--{name}", type=Path, metavar="FILE", help=f"write {what}")
 
@@ -56,51 +62,34 @@ def run(options: argparse.Namespace) -> int:
         ConfigError: an argument cannot be used, or there are no images.
     """
     config = image_folders.read_config(options)
-    images = _find(config)
-    area = _area(options.resolution or config.get("resolution"))
-    sizes = {image: _trained_size(image, area) for image in images}
-    found = measure_all(sizes)
+    found_images = image_folders.find(**image_folders.sources(config), or_directly=True)
+    given = {key: value for key in _SIZES if (value := getattr(options, key)) is not None}
+    images = [TrainedImage(image, _trained_size(image, config | given, found_images)) for image in found_images.images]
+    found = {image.file: one for image, one in measure_all(images).items()}
     measured = {image: one for image, one in found.items() if isinstance(one, Measurement)}
     least, remark = _least_timesteps(measured)
     findings = make_findings(found, least)
-    words = [summary(findings), *advice(findings), remark]
-    print("\n".join(["", table(findings), "", *filter(None, words)]))
-    _write(options, findings, [word for word in words if word])
+    words = [summary(findings), *advice(findings), remark, *found_images.warnings]
+    words = [word for word in words if word]
+    print("\n".join(["", table(findings), "", *words]))
+    _write(options, findings, words)
     return 1 if len(measured) < len(found) else 0
 
 
-def _find(config: Mapping[str, Any]) -> list[Path]:
-    """The images of a run, or those directly in a folder."""
-    folder = Path(config.get("train_data_dir") or "")
-    direct = config.get("train_data_dir") and folder.is_dir() and not config.get("dataset_config")
-    if direct and not config.get("in_json") and image_folders.of_folder(folder):
-        return image_folders.of_folder(folder)
-    return image_folders.find_images(**image_folders.sources(config))
-
-
-def _area(resolution: Any) -> int | None:
-    if resolution is None:
-        return None
-    parts = resolution if isinstance(resolution, (list, tuple)) else str(resolution).split(",")
-    try:
-        sides = [int(part) for part in parts]
-    except ValueError:
-        sides = []
-    if len(sides) not in (1, 2) or min(sides) < 64:
-        raise ConfigError(f'resolution = {resolution!r}: expected a side like 1024, or "width,height", of at least 64')
-    return sides[0] * sides[-1]
-
-
-def _trained_size(image: Path, area: int | None) -> tuple[int, int] | None:
-    """The size at which sd-scripts would train an image in buckets, before it crops it; None for its own."""
+def _trained_size(image: Path, config: Mapping[str, Any], found: image_folders.Found) -> Size | None:
+    """(width, height) to which a run resizes an image, the largest of several; None if that is not known."""
     try:
         with Image.open(image) as opened:
-            width, height = opened.size
+            size = opened.size
     except image_files.UNREADABLE:
         return None  # measuring it says why
-    scale = math.sqrt((area or _LARGEST**2) / (width * height))
-    scale = scale if area else min(scale, 1.0)
-    return max(1, round(width * scale)), max(1, round(height * scale))
+    datasets = [
+        read_buckets(each, "musubi-tuner") if image_folders.is_musubi(each) else read_buckets({**config, **each})
+        for each in found.datasets.get(image, [{}])
+    ]
+    sizes = [buckets.resized(size) for buckets in datasets if buckets is not None]
+    scale = min(1.0, _LARGEST / math.sqrt(size[0] * size[1]))
+    return max(sizes, default=(max(1, round(size[0] * scale)), max(1, round(size[1] * scale))))
 
 
 def _least_timesteps(found: Mapping[Path, Measurement]) -> tuple[dict[Path, tuple[int, int]] | None, str]:
@@ -110,11 +99,10 @@ def _least_timesteps(found: Mapping[Path, Measurement]) -> tuple[dict[Path, tupl
         return {}, ""
     if importlib.util.find_spec("diffusers") is None:
         return None, "Least timesteps need diffusers: pip install 'freq-loss-plugin[train]'"
-    sizes = {image: one.trained for image, one in found.items()}
-    references = pick_references(found, sizes)
+    references = pick_references({TrainedImage(image, one.trained): one for image, one in found.items()})
     if not references:
         return None, ""
-    energies = defect_energies(set(defects.values()), references, sizes, _toy_encoder(), _REFERENCE_SIDE)
+    energies = defect_energies(set(defects.values()), references, _toy_encoder(), _REFERENCE_SIDE)
     schedules = signal_to_noise("epsilon", stable_diffusion_alphas()), signal_to_noise("flow")
     threshold = FreqLossConfig.image_quality_threshold
     least = {
@@ -143,15 +131,20 @@ def _write(options: argparse.Namespace, findings: list[Finding], words: list[str
     contents = {
         "version": __version__,
         "summary": words[0],
+        "remarks": words[1:],
         "images": [finding.as_json() for finding in findings],
     }
-    text = json.dumps(contents, indent=1, ensure_ascii=False)
     if options.json:
-        write_whole(options.json, lambda part: part.write_text(text, encoding="utf-8"))
+        _write_text(options.json, json.dumps(contents, indent=1, ensure_ascii=False))
     if options.html:
-        write_whole(options.html, lambda part: part.write_text(page.render(findings, words), encoding="utf-8"))
+        _write_text(options.html, page.render(findings, words))
     if options.plot:
         image = page.plot(findings)
         write_whole(options.plot, lambda part: image.save(part, "PNG"))
     for file in filter(None, (options.json, options.html, options.plot)):
         print(f"wrote {file}")
+
+
+def _write_text(file: Path, text: str) -> None:
+    """In UTF-8; bytes of a file name that are no text become escapes, which JSON reads as those bytes."""
+    write_whole(file, lambda part: part.write_text(text, encoding="utf-8", errors="backslashreplace"))

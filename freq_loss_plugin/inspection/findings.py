@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..image_files import missing_package
+from ..image_files import NOTES, missing_package
 from ..image_quality.measurement import GOOD_JPEG, Measurement
 
 _MOST_ROWS, _MOST_NAME = 40, 44
 # Less than this fraction of sharp images is few.
 _FEW = 0.1
+# What is known of an image.
+FULL, NOT_KNOWN, DEFECT, NOT_READABLE = "full quality", "not known", "defect", "not readable"
 
 
 @dataclass(frozen=True)
@@ -39,17 +42,33 @@ class Finding:
         return self.measured is None or bool(self.measured.defect)
 
     @property
-    def badness(self) -> tuple[bool, int, float]:
-        """What the images are sorted by: those that cannot be read, and then the least timestep."""
-        resolution = self.measured.resolution if self.measured is not None else 0.0
-        return self.measured is None, self.least[0] if self.least else int(self.is_bad), -resolution
+    def quality(self) -> str:
+        """What is known of the image, in a word or two."""
+        if self.measured is None:
+            return NOT_READABLE
+        if self.measured.defect:
+            return DEFECT
+        return FULL if self.measured.is_known else NOT_KNOWN
+
+    @property
+    def resolution(self) -> float | None:
+        """The effective resolution; None where it is not known."""
+        if self.measured is None or (self.measured.blur is None and self.measured.resolution == 1):
+            return None
+        return self.measured.resolution
+
+    @property
+    def badness(self) -> tuple[bool, int, bool, float]:
+        """What the images are sorted by: those that cannot be read, the least timestep, and those not known."""
+        least = self.least[0] if self.least else int(self.is_bad)
+        return self.measured is None, least, self.quality == NOT_KNOWN, -(self.resolution or 1.0)
 
     @property
     def remark(self) -> str:
         """What else there is to say."""
         if self.measured is None:
             return self.error
-        return "; ".join(self.measured.notes) or ("" if self.is_bad else "full quality")
+        return "; ".join(self.measured.notes) or ("" if self.is_bad else self.quality)
 
     def cells(self) -> list[str]:
         """Size, effective resolution, JPEG quality, noise and both least timesteps, as text."""
@@ -58,20 +77,22 @@ class Finding:
             return ["?"] * 6
         least = self.least or (("?", "?") if self.is_bad else (0, 0))
         size = f"{one.size[0]}x{one.size[1]}"
-        return [size, f"{one.resolution:.0%}", str(one.jpeg or "-"), f"{one.noise:.1f}", *map(str, least)]
+        resolution = "?" if self.resolution is None else f"{self.resolution:.0%}"
+        return [size, resolution, str(one.jpeg or "-"), f"{one.noise:.1f}", *map(str, least)]
 
     def as_json(self) -> dict[str, Any]:
         """Everything, as JSON has it."""
         if self.measured is None:
-            return {"file": str(self.file), "error": self.error}
+            return {"file": str(self.file), "quality": self.quality, "error": self.error}
         one = self.measured
         return {
             "file": str(self.file),
+            "quality": self.quality,
             "width": one.size[0],
             "height": one.size[1],
             "trained_width": one.trained[0],
             "trained_height": one.trained[1],
-            "effective_resolution": one.resolution,
+            "effective_resolution": self.resolution,
             "blur": one.blur,
             "jpeg_quality": one.jpeg,
             "noise": one.noise,
@@ -120,41 +141,54 @@ def table(findings: Sequence[Finding]) -> str:
 
 def summary(findings: Sequence[Finding]) -> str:
     """How many images there are, and how many of them are bad in which way."""
-    measured = [each.measured for each in findings if each.measured is not None]
-    defects = [one.defect for one in measured]
+    qualities = Counter(each.quality for each in findings)
+    defects = [each.measured.defect for each in findings if each.measured is not None]
     parts = {
-        "full quality": sum(not defect for defect in defects),
+        FULL: qualities[FULL],
         "blurred or enlarged": sum(defect.resolution < 1 for defect in defects),
         f"JPEG below quality {GOOD_JPEG}": sum(defect.jpeg is not None for defect in defects),
         "noisy": sum(defect.noise > 0 for defect in defects),
-        "not readable": len(findings) - len(measured),
+        NOT_KNOWN: qualities[NOT_KNOWN],
+        NOT_READABLE: qualities[NOT_READABLE],
     }
     return f"{len(findings)} images: " + ", ".join(f"{count} {name}" for name, count in parts.items() if count)
 
 
 def advice(findings: Sequence[Finding]) -> list[str]:
     """What to do, one sentence each."""
-    unreadable = sum(each.measured is None for each in findings)
-    bad = sum(each.is_bad for each in findings) - unreadable
-    sharp = len(findings) - bad - unreadable
-    hint = missing_package(each.file for each in findings if each.measured is None)
-    said = [f"Repair or remove the {unreadable} images that cannot be read: trainers stop there{hint}."]
-    said = said if unreadable else []
-    if not bad:
-        return [*said, "Nothing is wrong with the others." if unreadable else "Nothing to do: all are of full quality."]
+    count = Counter(each.quality for each in findings)
+    said = []
+    if unreadable := [each for each in findings if each.measured is None]:
+        hint = missing_package(each.file for each in unreadable)
+        said.append(
+            f"{len(unreadable)} images cannot be read, for the reason beside them, and trainers stop there: repair or "
+            f"remove them{hint}."
+        )
+    if count[DEFECT]:
+        said += _about_bad(count[FULL], count[DEFECT], len(findings))
+    if count[NOT_KNOWN]:
+        said.append(
+            f"Of {count[NOT_KNOWN]} images the quality is not known, for the reason beside them: they train at all "
+            "timesteps. Look at them yourself."
+        )
+    notes = Counter(note for each in findings if each.measured for note in each.measured.notes if note in NOTES)
+    said += [f"{number} images are {note}." for note, number in notes.items()]
+    return said or ["Nothing to do: all are of full quality."]
+
+
+def _about_bad(sharp: int, bad: int, number: int) -> list[str]:
     if not sharp:
         return [
-            *said,
-            "No image is of full quality, so there is nothing to compare with, and nothing that teaches fine detail. "
-            "Add sharp images; a few are enough. Or, where the softness is the style, leave "
+            "No image is known to be of full quality, so there is nothing to compare with, and nothing that teaches "
+            "fine detail. Add sharp images; a few are enough. Or, where the softness is the style, leave "
             "freq_loss_image_quality off; or set least timesteps by hand in [freq_loss.image_quality].",
         ]
-    said.append(
+    said = [
         f'freq_loss_image_quality = "auto" trains the {bad} bad images at their least timestep (t) and above only, '
         "where their defects cannot be seen. Better versions of them, if there are any, are better still."
-    )
-    if sharp < _FEW * len(findings):
-        said.append(f"Only {sharp} of {len(findings)} are of full quality: little teaches fine detail. Add sharp ones.")
+    ]
+    if sharp < _FEW * number:
+        said.append(f"Only {sharp} of {number} are of full quality: little teaches fine detail. Add sharp ones.")
     return said
 
 
