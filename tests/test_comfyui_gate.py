@@ -57,6 +57,23 @@ def test_a_kind_that_is_not_an_addition_is_refused(comfyui_server):
         comfyui_server.run(sampling(["gate", 0], gate=gated))
 
 
+def test_a_lora_for_rows_of_a_fused_layer_is_cores():
+    """Names of diffusers, and ``linear1_qkv``, mean rows of FLUX.1's joint projections."""
+    answer = comfyui_prompts.in_comfyui("import fused_layers\nanswer = fused_layers.compare(pack)")
+    refused = answer.pop("dora")
+    assert refused.startswith("fused cannot be gated: it adapts diffusion_model.double_blocks.0.img_attn.qkv by")
+    matched, wrong_size, kept = answer.pop("wrong size")
+    assert [name.rpartition(".")[2] for name in (*matched, *wrong_size)] == ["to_q", "to_k"]
+    assert {key.split(".")[4] for key in kept} == {"to_q"}
+    assert len(answer) == 4
+    for kind, found in answer.items():
+        assert [path.rpartition(".")[2] for path in found["layers"]] == ["qkv", "linear1"]
+        assert found["error"] < 1e-4 < 1 < found["change"], kind
+        assert found["matched"] == 3
+        # Core would look for the bias under a name that no model has.
+        assert len(found["unused"]) == (3 if kind == "no bias of a part" else 0)
+
+
 def test_equal_strengths_are_cores_loader_with_one_call(sample):
     expected, _ = sample(sampling(["lora", 0], lora=core(0.8)))
     made, shown = sample(sampling(["gate", 0], gate=gate(0.8, 0.8)))
