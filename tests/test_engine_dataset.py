@@ -52,7 +52,7 @@ def test_broken_images_are_refused_by_name(make_settings, tmp_path):
 
 def test_no_images_is_an_error_that_shows_the_layout(make_settings, tmp_path):
     (tmp_path / "photos").mkdir()
-    with pytest.raises(ConfigError, match=r"no images.*10_mycat.*found only photos"):
+    with pytest.raises(ConfigError, match=r"no images.*10_mycat.*found only 1 folders, ignored.*photos"):
         dataset.find(make_settings(train_data_dir=str(tmp_path)))
 
 

@@ -18,7 +18,7 @@ from freq_loss_plugin.options.files import load_toml, read_text
 
 pytest.importorskip("diffusers")
 
-from freq_loss_plugin.engine import captions, checkpoint, dataset, plots, settings
+from freq_loss_plugin.engine import captions, dataset, plots, settings
 
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -296,24 +296,6 @@ def test_every_run_logs_into_a_folder_of_its_own(photos, tmp_path):
     assert first != second
     assert first.startswith("lora/")
     assert tracking._run_name(read(photos, log_with="wandb", output_name="lora")) == "lora"
-
-
-def test_a_run_is_not_resumed_with_other_images(photos):
-    made = read(photos)
-    saved = checkpoint._images(made, dataset.find(made))
-    assert saved == {"1_cat/0.png": 1, "1_cat/1.png": 1, "1_cat/2.png": 1}
-    (photos / "1.png").rename(photos / "new.png")
-    (photos / "0.txt").write_text("another caption", encoding="utf-8")
-    now = checkpoint._images(made, dataset.find(made))
-    with pytest.raises(ConfigError) as error:
-        checkpoint._check_images(Path("lora.state"), saved, now)
-    assert "1 added (1_cat/new.png); 1 missing (1_cat/1.png)" in str(error.value)
-    photos.rename(photos.with_name("3_cat"))
-    with pytest.raises(ConfigError, match="added"):
-        checkpoint._check_images(Path("lora.state"), now, checkpoint._images(made, dataset.find(made)))
-    with pytest.raises(ConfigError, match="1 with other repeats"):
-        checkpoint._check_images(Path("lora.state"), {"a": 1, "b": 2}, {"a": 1, "b": 3})
-    checkpoint._check_images(Path("lora.state"), now, now)
 
 
 def test_features_that_cannot_be_written_say_where_they_belong(photos, monkeypatch):

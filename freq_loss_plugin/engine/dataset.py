@@ -9,10 +9,13 @@ stopped.
 
 from __future__ import annotations
 
+import hashlib
+import io
 import random
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,15 +26,16 @@ from torch import Tensor
 
 from .. import image_files
 from ..guidance_token.features import Features
-from ..image_folders import ENDINGS, left_out, of_folder, repeated
+from ..image_folders import in_words, listed, no_images, not_trained, of_folder, repeated
+from ..image_quality.measurement import Size
+from ..image_quality.sizes import Buckets, covering
 from ..image_quality.survey import Survey
 from ..options.fields import ConfigError
 from .captions import Caption, read_caption
 from .settings import Settings
 
-# How many file names an error or a warning lists.
+# How many unreadable files an error lists.
 _MAX_LISTED = 10
-_LEFT_OUT = "left out, since sd-scripts does not read their format; save them as PNG"
 
 
 @dataclass(frozen=True)
@@ -43,12 +47,14 @@ class Example:
         caption: the text it is trained with.
         repeats: how often it occurs per epoch.
         size: (width, height) in pixels at which it is trained.
+        content: a hash of the file.
     """
 
     file: Path
     caption: str
     repeats: int
     size: tuple[int, int]
+    content: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,10 +75,12 @@ class DataSet:
 
     def least_of(self, examples: Sequence[Example]) -> Tensor | None:
         """The least timesteps of a batch, shape (B,); None where none of its images has one."""
-        if self.survey is None:
-            return None
-        least = [self.survey.least.get(example.file, 0) for example in examples]
+        least = [self._least.get(example.file, 0) for example in examples]
         return torch.tensor(least) if any(least) else None
+
+    @cached_property
+    def _least(self) -> dict[Path, int]:
+        return {} if self.survey is None else {image.file: least for image, least in self.survey.least.items()}
 
     @property
     def tag_frequency(self) -> dict[str, dict[str, int]]:
@@ -91,43 +99,33 @@ def find(settings: Settings) -> DataSet:
         ConfigError: there are none, or some cannot be read; those are listed.
     """
     root = Path(settings.train_data_dir)
-    examples, broken = [], []
-    noted: dict[str, list[Path]] = defaultdict(list)
-    folders = repeated(root)
-    ignored = sorted(path.name for path in root.iterdir() if path.is_dir() and path not in folders)
+    examples, broken = [], {}
+    noted: list[tuple[str, Path]] = []
     fallback = f"no caption file (*{settings.caption_extension}): the name of the folder is the caption"
-    for folder, (repeats, name) in folders.items():
-        for file in left_out(folder):
-            noted[_LEFT_OUT].append(file)
+    for folder, (repeats, name) in repeated(root).items():
         for file in of_folder(folder):
-            opened = _open(file)
-            if opened is None:
-                broken.append(file)
+            try:
+                opened = _open(file)
+            except image_files.UNREADABLE as error:
+                broken[file] = image_files.why_unreadable(file, error)
                 continue
             caption = read_caption(file, settings.caption_extension) or Caption(name, (fallback,))
-            for note in (*opened.notes, *caption.notes):
-                noted[note].append(file)
-            examples.append(Example(file, caption.text, repeats, bucket(opened.size, settings)))
+            noted += [(f"images, {note}", file) for note in (*opened.notes, *caption.notes)]
+            examples.append(Example(file, caption.text, repeats, bucket(opened.size, settings), opened.content))
     if broken:
-        hint = image_files.missing_package(broken)
-        raise ConfigError(f"images that cannot be read: {_list(broken, root)}; repair or remove them{hint}")
-    if not examples:
+        reasons = [f"{listed([file])} ({why})" for file, why in broken.items()]
         raise ConfigError(
-            f"train_data_dir = {settings.train_data_dir!r}: no images. Expected folders named like 10_mycat "
-            f"(repeats, underscore, any name) with {', '.join(ENDINGS)} files in them"
-            + (f"; found only {', '.join(ignored[:_MAX_LISTED])}" if ignored else "")
+            f"{len(broken)} images cannot be read: {'; '.join(reasons[:_MAX_LISTED])}; repair or remove them"
+            + image_files.missing_package(broken)
         )
-    warnings = []
-    if ignored:
-        warnings.append(
-            f"folders without a number of repeats in their name are ignored: {', '.join(ignored[:_MAX_LISTED])}"
-        )
-    warnings += [f"{len(files)} images, {note}: {_list(files, root)}" for note, files in noted.items()]
-    return DataSet(examples, warnings)
+    others = in_words(not_trained(root))
+    if not examples:
+        raise no_images(f"train_data_dir = {settings.train_data_dir!r}", others)
+    return DataSet(examples, [*others, *in_words(noted)])
 
 
 def split(data: DataSet, fraction: float, seed: int) -> tuple[DataSet, list[Example]]:
-    """Split off validation images.
+    """Split off validation images: the same ones wherever the images lie.
 
     Args:
         data: the images.
@@ -145,51 +143,36 @@ def split(data: DataSet, fraction: float, seed: int) -> tuple[DataSet, list[Exam
         raise ConfigError(
             f"validation_split = {fraction} takes {count} of {len(data.examples)} images and leaves none to train on"
         )
-    chosen = set(random.Random(f"validation:{seed}").sample(range(len(data.examples)), count))
-    kept = [example for index, example in enumerate(data.examples) if index not in chosen]
-    return replace(data, examples=kept), [data.examples[index] for index in sorted(chosen)]
+    ordered = sorted(data.examples, key=lambda example: example.content)
+    held_out = random.Random(f"validation:{seed}").sample(ordered, count)
+    chosen = set(held_out)
+    return replace(data, examples=[example for example in data.examples if example not in chosen]), held_out
 
 
-def bucket(image: tuple[int, int], settings: Settings) -> tuple[int, int]:
-    """The (width, height) at which an image of this (width, height) is trained.
+def bucket(image: Size, settings: Settings) -> Size:
+    """The (width, height) at which an image of this (width, height) is trained, as in sd-scripts.
 
-    Without buckets, this is the resolution. With them, it is the bucket with the nearest aspect ratio; a bucket has at
-    most the area of the resolution and sides that are multiples of ``bucket_reso_steps``. As in sd-scripts.
+    Args:
+        image: its width and height.
+        settings: those of the run.
     """
-    if not settings.enable_bucket:
-        return settings.size
-    ratio = image[0] / image[1]
-    return min(_buckets(settings), key=lambda size: abs(size[0] / size[1] - ratio))
+    limits, step = settings.bucket_limits, settings.bucket_reso_steps
+    return Buckets(settings.size, enabled=settings.enable_bucket, limits=limits, step=step).bucket(image)
 
 
-def _buckets(settings: Settings) -> list[tuple[int, int]]:
-    area, step = settings.size[0] * settings.size[1], settings.bucket_reso_steps
-    least, most = settings.bucket_limits
-    buckets = {(side, min(most, area // side // step * step)) for side in range(least, most + 1, step)}
-    buckets = {size for size in buckets if size[1] >= least}
-    square = int(area**0.5) // step * step
-    buckets |= {(height, width) for width, height in buckets} | {(square, square)}
-    return sorted(size for size in buckets if size[1] > 0)
-
-
-def resized_size(example: Example) -> tuple[int, int]:
+def resized_size(example: Example) -> Size:
     """(width, height) to which an image is scaled, so that it covers the size at which it is trained."""
     with Image.open(example.file) as image:
-        return _covering(image.size, example.size)
-
-
-def _covering(image: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
-    scale = max(size[0] / image[0], size[1] / image[1])
-    return max(size[0], round(image[0] * scale)), max(size[1], round(image[1] * scale))
+        return covering(image.size, example.size)
 
 
 def load_pixels(example: Example) -> Tensor:
     """The image, scaled to cover its size and center-cropped: shape (3, H, W), -1..1."""
     width, height = example.size
     image = image_files.open_rgb(example.file)
-    covering = _covering(image.size, example.size)
-    if covering != image.size:
-        image = image.resize(covering, Image.Resampling.LANCZOS)
+    size = covering(image.size, example.size)
+    if size != image.size:
+        image = image.resize(size, Image.Resampling.LANCZOS)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     pixels = np.asarray(image.crop((left, top, left + width, top + height)))
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1
@@ -232,18 +215,12 @@ class Batches:
 class _Opened(NamedTuple):
     size: tuple[int, int]
     notes: list[str]
+    content: str
 
 
-def _open(file: Path) -> _Opened | None:
-    """(width, height) and what the user should know, or None if the file is not a complete image."""
-    try:
-        with Image.open(file) as image:
-            image.load()
-            return _Opened(image.size, image_files.notes(image))
-    except image_files.UNREADABLE:
-        return None
-
-
-def _list(files: list[Path], root: Path) -> str:
-    names = [str(file.relative_to(root)) for file in files[:_MAX_LISTED]]
-    return ", ".join(names) + (f" and {len(files) - _MAX_LISTED} more" if len(files) > _MAX_LISTED else "")
+def _open(file: Path) -> _Opened:
+    """(width, height), what the user should know, and a hash; raises `image_files.UNREADABLE`."""
+    content = file.read_bytes()
+    with Image.open(io.BytesIO(content)) as image:
+        image.load()
+        return _Opened(image.size, image_files.notes(image), hashlib.sha256(content).hexdigest())

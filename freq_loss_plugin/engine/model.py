@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from contextlib import suppress
@@ -32,6 +33,7 @@ _TARGETS = {
     TEXT_ENCODER: r".*encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])",
 }
 _WIDTHS = {768: "SD1.x", 1024: "SD2.x"}
+_HASHED = 64  # values of each tensor that tell a model
 _DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -45,6 +47,7 @@ class Model:
         adapted: the models with LoRA layers, by kohya's prefix; the text encoder only if it is trained.
         device: the device of all parts.
         settings: the training settings.
+        identity: a hash of the frozen weights.
     """
 
     pipeline: StableDiffusionPipeline
@@ -52,6 +55,7 @@ class Model:
     adapted: dict[str, nn.Module]
     device: torch.device
     settings: Settings
+    identity: str
 
     def __post_init__(self) -> None:
         self._cached_states: dict[str, Tensor] = {}
@@ -161,6 +165,7 @@ def load(settings: Settings, device: torch.device) -> Model:
     """
     pipeline = _load_pipeline(settings.pretrained_model_name_or_path)
     _check(pipeline, settings)
+    identity = _identity_of(pipeline)
     for model in (pipeline.vae, pipeline.unet, pipeline.text_encoder):
         model.requires_grad_(False).to(device)
     # The VAE stays in float32: SD1.5's overflows in fp16 for some images.
@@ -191,7 +196,7 @@ def load(settings: Settings, device: torch.device) -> Model:
         prediction_type=settings.prediction_type,
         rescale_betas_zero_snr=settings.zero_terminal_snr,
     )
-    return Model(pipeline, scheduler, adapted, device, settings)
+    return Model(pipeline, scheduler, adapted, device, settings, identity)
 
 
 def image_encoder_of(model: str) -> Path | None:
@@ -224,6 +229,16 @@ def _load_pipeline(name: str) -> StableDiffusionPipeline:
             else "expected a diffusers folder, a .safetensors file, or the name of a repository on the Hugging Face Hub"
         )
         raise ConfigError(f"pretrained_model_name_or_path = {name!r} cannot be loaded: {reason} ({hint})") from error
+
+
+def _identity_of(pipeline: StableDiffusionPipeline) -> str:
+    """A hash of the first values of every tensor: two models differ in nearly all."""
+    digest = hashlib.sha256()
+    for model in (pipeline.vae, pipeline.unet, pipeline.text_encoder):
+        for parameter in model.parameters():
+            digest.update(f"{tuple(parameter.shape)}".encode())
+            digest.update(parameter.detach().flatten()[:_HASHED].numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _check_folder(path: Path) -> None:

@@ -15,7 +15,7 @@ from ..options.config import FreqLossConfig
 from ..options.fields import ConfigError
 from ..training.messages import describe
 from .captions import too_long
-from .checkpoint import read_state
+from .checkpoint import check_model, in_saved_order, read_state
 from .dataset import DataSet, Example, find, split
 from .model import image_encoder_of, load
 from .outcome import Outcome
@@ -57,7 +57,10 @@ def train(
     if loss.guided:
         data = replace(data, features=_load_features(settings, data.examples, held_out))
     state = read_state(settings, loss, data) if resume else None
+    data = data if state is None else in_saved_order(settings, data, state)
     model = load(settings, accelerator.device)
+    if state is not None:
+        check_model(settings, model.identity, state)
     if data.features is not None:
         clip_features.check_width(data.features, model.text_width, _extraction_command(settings))
     long = too_long((example.caption for example in data.examples), model.pipeline.tokenizer)

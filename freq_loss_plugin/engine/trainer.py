@@ -267,6 +267,7 @@ class Trainer:
         scaler = getattr(self._accelerator, "scaler", None)
         state = {
             "step": self._step,
+            "model": self._model.identity,
             "weights": weights,
             "optimizer": self._optimizer.state_dict(),
             "schedule": self._schedule.state_dict(),
