@@ -6,12 +6,17 @@ One process cannot import two versions of a host, so each version has a pytest p
 frontend that it pins, and the tests in the browser are run again with the newest one (`tests/run.sh` installs both).
 The last lines say what ran, and which versions of README's compatibility table did not.
 
-With HOST_TESTS=short, tests marked `long` run with the newest checkouts alone, and those in the browser once for each
-ComfyUI: with the newest frontend for the newest, and with the pinned one for the others.
+`.ci/run` chooses less by HOST_TESTS:
+
+    hosts      no tests that need no host, unless they are marked `versions`; those marked `long` with the newest
+               checkouts alone, and those in the browser once for each ComfyUI: with the newest frontend for the newest,
+               and with the pinned one for the others
+    packages   those of the newest trainers that are marked `versions`, with whatever packages this Python has
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import os
 import subprocess
@@ -28,6 +33,9 @@ from hosts import COMFYUI, MUSUBI_TUNER, SD_SCRIPTS
 # Versions of comfyui-frontend-package, each in a folder of its own; those that a ComfyUI pins with its templates.
 FRONTENDS = Path(sys.prefix) / "frontends"
 NOTHING_SELECTED = 5  # pytest's exit status where its arguments leave none of the tests of a run
+# The tests that need a host, in parts that run beside each other, and those of its trainers that depend on packages.
+PARTS = ("sd_scripts and not comfyui", "comfyui", "(musubi_tuner or versions) and not sd_scripts and not comfyui")
+PACKAGES = "(sd_scripts or musubi_tuner) and versions"
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,7 @@ class Run:
 
     def command(self, arguments: Sequence[str]) -> list[str]:
         """The command line, with the user's own arguments for pytest."""
-        # Runs with a marker go one after the other beside the one with all tests, which often waits for programs.
+        # Runs with a marker go beside each other; the one with all tests often waits for programs.
         how = ["--numprocesses=2", "--dist=loadfile", "--no-loadscope-reorder"]  # conftest.py has an order of its own
         if self.marker:
             how = ["-m", self.marker, "-p", "no:cacheprovider"]
@@ -85,30 +93,28 @@ class Run:
 
 
 def plan() -> list[Run]:
-    """All runs; the first one has all tests."""
-    sd_scripts, comfyui = SD_SCRIPTS.checkouts(), COMFYUI.checkouts()
+    """All runs; the first ones have the newest checkouts."""
+    sd_scripts, comfyui, musubi_tuner = (host.checkouts() for host in (SD_SCRIPTS, COMFYUI, MUSUBI_TUNER))
+    chosen = os.environ.get("HOST_TESTS")
+    trainers = Run(sd_scripts=_first(sd_scripts), musubi_tuner=_first(musubi_tuner))
+    if chosen == "packages":
+        return [dataclasses.replace(trainers, marker=PACKAGES)]
     pinned = {path: _frontend(hosts.pinned_frontend(path)) for path in comfyui}
+    everything = dataclasses.replace(trainers, comfyui=_first(comfyui), packages=pinned.get(_first(comfyui)))
     newest = _frontend("newest")
-    short = os.environ.get("HOST_TESTS") == "short"
-    but_long = " and not long" if short else ""
-    first = next(iter(comfyui), None)
-    musubi_tuner = MUSUBI_TUNER.checkouts()
+    if chosen == "hosts":
+        newest_ones = [dataclasses.replace(everything, frontend=newest, marker=part) for part in PARTS]
+        but_long, in_the_browser = " and not long", []
+    else:
+        newest_ones, but_long = [everything], ""
+        pages = [Run(comfyui=path, packages=pinned[path], frontend=newest, marker="browser") for path in comfyui]
+        in_the_browser = pages if newest else []
     return [
-        Run(
-            next(iter(sd_scripts), None),
-            first,
-            next(iter(musubi_tuner), None),
-            pinned.get(first),
-            newest if short else None,
-        ),
+        *newest_ones,
         *(Run(comfyui=path, packages=pinned[path], marker=f"comfyui{but_long}") for path in comfyui[1:]),
         *(Run(sd_scripts=path, marker=f"sd_scripts{but_long}") for path in sd_scripts[1:]),
         *(Run(musubi_tuner=path, marker=f"musubi_tuner{but_long}") for path in musubi_tuner[1:]),
-        *(
-            Run(comfyui=path, packages=pinned[path], frontend=newest, marker="browser")
-            for path in comfyui
-            if newest and not short
-        ),
+        *in_the_browser,
     ]
 
 
@@ -146,6 +152,10 @@ def _run(run: Run, arguments: Sequence[str]) -> tuple[int, str]:
     status = 0 if process.returncode == NOTHING_SELECTED else process.returncode
     summary = lines[-1].strip("= \n")
     return status, f"{summary} ({time.monotonic() - begin:.0f} s in all)"
+
+
+def _first(paths: Sequence[Path]) -> Path | None:
+    return next(iter(paths), None)
 
 
 def _frontend(name: str) -> Path | None:

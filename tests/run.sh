@@ -5,7 +5,7 @@
 #
 # For every checkout of a host (see tests/hosts.py), its packages are installed, too, torchvision among them (several
 # GB), and the tests that need it run in it. Those that need a browser look for chromium. PYTHON chooses the
-# interpreter, VENV another place for the environment.
+# interpreter, VENV another place for the environment, HOST_TESTS a part of the tests (see tests/matrix.py).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -27,26 +27,35 @@ install_frontends() { # the one that each ComfyUI pins, with the templates that 
   done <<<"$comfyui"
   "${install[@]}" --no-deps --upgrade --target "$venv/frontends/newest" comfyui-frontend-package
 }
-# They lie apart from the other packages, and are installed meanwhile.
-[ -z "$comfyui" ] || install_frontends &
-frontends=$!
-if [ -n "$sd_scripts" ]; then
-  "${install[@]}" torch torchvision
-  "${install[@]}" -r tests/requirements-sd-scripts.txt
-fi
-if [ -n "$comfyui" ]; then
-  "${install[@]}" torch torchvision torchaudio
-  # The newest one's pins, and what the others need beside them.
-  { read -r newest; cat "$newest/requirements.txt"; while read -r older; do grep -v == "$older/requirements.txt"; done
-  } <<<"$comfyui" >"$venv/comfyui-requirements.txt"
-  "${install[@]}" -r "$venv/comfyui-requirements.txt" -r tests/requirements-comfyui.txt
-fi
-if [ -n "$musubi_tuner" ]; then
-  "${install[@]}" torch torchvision
-  "${install[@]}" -r tests/requirements-musubi-tuner.txt
+
+install_hosts() {
+  if [ -n "$sd_scripts" ]; then
+    "${install[@]}" torch torchvision
+    "${install[@]}" -r tests/requirements-sd-scripts.txt
+  fi
+  if [ -n "$comfyui" ]; then
+    "${install[@]}" torch torchvision torchaudio
+    # The newest one's pins, and what the others need beside them.
+    { read -r newest; cat "$newest/requirements.txt"; while read -r older; do grep -v == "$older/requirements.txt"; done
+    } <<<"$comfyui" >"$venv/comfyui-requirements.txt"
+    "${install[@]}" -r "$venv/comfyui-requirements.txt" -r tests/requirements-comfyui.txt
+  fi
+  if [ -n "$musubi_tuner" ]; then
+    "${install[@]}" torch torchvision
+    "${install[@]}" -r tests/requirements-musubi-tuner.txt
+  fi
+}
+
+if [ "${HOST_TESTS:-}" = packages ]; then
+  "${install[@]}" torch torchvision -r tests/requirements-newest.txt
+else
+  # They lie apart from the other packages, and are installed meanwhile.
+  [ -z "$comfyui" ] || install_frontends &
+  frontends=$!
+  install_hosts
+  wait "$frontends"
 fi
 "${install[@]}" --editable '.[test]'
-wait "$frontends"
 # Two processes, each with half of the threads: much of the time goes into programs that start and wait.
 cores=$("$venv/bin/python" -c "import os; print(os.cpu_count())")
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((cores + 1) / 2))}

@@ -63,6 +63,7 @@ def test_validation_is_that_of_sd_scripts(sd_scripts, tmp_path):
     assert all(-1 <= cosine <= 1 for cosine in on.scalars["loss/freq_grad_cosine"])
 
 
+@pytest.mark.versions
 def test_resuming_continues_the_sequence_of_timesteps_and_noise(sd_scripts, tmp_path):
     settings = {"save_every_n_steps": 2, "save_state": True, "max_train_steps": 4}
     options = {

@@ -114,6 +114,7 @@ def test_examples_use_no_key_that_their_trainer_does_not_know(example, monkeypat
 
 
 @pytest.mark.musubi_tuner
+@pytest.mark.versions
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("example", MUSUBI_EXAMPLES, ids=lambda path: path.stem)
 def test_examples_for_musubi_tuner_use_no_key_that_their_trainer_does_not_know(example, monkeypatch):

@@ -39,6 +39,7 @@ def test_without_the_loss_the_metadata_do_not_mention_it(make_settings):
     assert not [key for key in metadata if key.startswith("ss_freq_loss")]
 
 
+@pytest.mark.versions
 def test_diffusers_loads_the_file_and_samples_the_same_images(make_settings):
     from diffusers import StableDiffusionPipeline
 
@@ -47,7 +48,7 @@ def test_diffusers_loads_the_file_and_samples_the_same_images(make_settings):
     trained = comparison.sample(outcome.model, sampling, (64, 64))
     fresh = model.load(make_settings(), torch.device("cpu"))
     before = comparison.sample(fresh, sampling, (64, 64))
-    pipeline = StableDiffusionPipeline.from_pretrained(model_folder(), torch_dtype=torch.float32, safety_checker=None)
+    pipeline = StableDiffusionPipeline.from_pretrained(model_folder(), safety_checker=None).to(dtype=torch.float32)
     pipeline.load_lora_weights(str(outcome.lora))
     loaded = comparison.sample(dataclasses.replace(fresh, pipeline=pipeline, adapted={}), sampling, (64, 64))
     assert (trained - before).abs().max() > 1e-2
@@ -87,6 +88,7 @@ def test_a_validation_split_is_not_trained_on_and_its_bands_are_logged(make_sett
         dataset.split(data, 0.99, 0)
 
 
+@pytest.mark.versions
 def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(make_settings):
     changes = {"gradient_accumulation_steps": 2, "lr_scheduler": "cosine", "lr_warmup_steps": 1}
     loss = dataclasses.replace(ON, batch_history=3, history_decay=0.9, gradient_ratio=0.1)

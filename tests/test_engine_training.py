@@ -155,6 +155,7 @@ def test_gradients_of_two_backward_passes_are_those_of_the_sum(make_settings):
         torch.testing.assert_close(separate, of_sum, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.versions
 def test_bf16_gradient_checkpointing_and_logs(make_settings, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -55,6 +55,7 @@ def images_of(data):
     return sorted(path for path in data.rglob("*") if path.suffix in (".png", ".jpg"))
 
 
+@pytest.mark.versions
 def test_features_are_those_of_clips_get_image_features(clip, data):
     from transformers import CLIPImageProcessor, CLIPModel
 

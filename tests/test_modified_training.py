@@ -18,6 +18,7 @@ def unified(sd_scripts, tmp_path_factory):
     return run
 
 
+@pytest.mark.versions
 def test_off_is_bit_identical_to_sd_scripts_without_the_plugin(sd_scripts, plain_run, tmp_path):
     off = sd_scripts.train(tmp_path, freq_loss={"dist_match": 0})
     assert off.returncode == 0, off.output
@@ -28,6 +29,7 @@ def test_off_is_bit_identical_to_sd_scripts_without_the_plugin(sd_scripts, plain
     assert "dist_match = 0" in off.output
 
 
+@pytest.mark.versions
 def test_on_adds_the_formula_and_leaves_the_base_pass_alone(plain_run, unified):
     assert_scalars_are_the_formula(unified, dist_match=0.003)
     drawn = []
@@ -108,6 +110,7 @@ def test_own_timesteps_with_every_feature_that_concerns_the_hook(sd_scripts, mat
     )
 
 
+@pytest.mark.versions
 def test_bf16_with_gradient_checkpointing_and_text_encoder(sd_scripts, tmp_path):
     run = sd_scripts.train(
         tmp_path,
@@ -125,6 +128,7 @@ def test_bf16_with_gradient_checkpointing_and_text_encoder(sd_scripts, tmp_path)
     assert any(tensor.abs().sum() > 0 for tensor in text_encoder)
 
 
+@pytest.mark.versions
 def test_two_processes_form_one_batch_at_the_same_timestep_with_different_noise(sd_scripts, tmp_path):
     run = sd_scripts.train(tmp_path, freq_loss={"dist_match": 0.01}, processes=2, max_train_steps=2)
     assert run.returncode == 0, run.output

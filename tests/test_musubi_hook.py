@@ -58,6 +58,7 @@ def expected_term(used, config, counted=None):
     return config.dist_match * (config.low_weight * low + config.high_weight * high)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("name", NAMES)
 def test_unified_adds_the_formula_of_an_extra_pass_at_one_timestep(name):
     stand_in = musubi_stand_ins.make(name)

@@ -80,6 +80,7 @@ def band_losses(event, counted=None):
     )
 
 
+@pytest.mark.versions
 def test_off_is_bit_identical_to_musubi_tuner_without_the_plug_in(musubi, tmp_path):
     plain = musubi.train(tmp_path / "plain")
     assert plain.returncode == 0, plain.output

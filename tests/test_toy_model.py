@@ -92,7 +92,7 @@ def inputs(trained, tmp_path_factory):
     from diffusers import StableDiffusionPipeline
 
     folder = tmp_path_factory.mktemp("inputs")
-    pipeline = StableDiffusionPipeline.from_pretrained(model_folder(), torch_dtype=torch.float32, safety_checker=None)
+    pipeline = StableDiffusionPipeline.from_pretrained(model_folder(), safety_checker=None).to(dtype=torch.float32)
     ids = pipeline.tokenizer(PROMPT, padding="max_length", return_tensors="pt").input_ids
     latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     timesteps = torch.tensor([400])

@@ -171,7 +171,7 @@ def test_all_stages_in_order(tmp_path, capsys):
 
     from diffusers import StableDiffusionPipeline
 
-    pipeline = StableDiffusionPipeline.from_pretrained(output, torch_dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(output).to(dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline("a red circle", height=128, width=128, num_inference_steps=2).images[0].size == (128, 128)
     assert sum(file.stat().st_size for file in output.rglob("*") if file.is_file()) < 16e6

@@ -120,9 +120,9 @@ def load(folder: Path = FOLDER) -> TinyFlow:
     if not (folder / "transformer").is_dir():
         raise SystemExit(f"no model in {folder}: run the stages vae and flow of assets/train_tiny_flow.py first")
     model = TinyFlow(CLIPTokenizer.from_pretrained(folder / "tokenizer"))
-    model.vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
-    model.text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", torch_dtype=torch.float32)
-    model.transformer = SD3Transformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32)
+    model.vae = AutoencoderKL.from_pretrained(folder / "vae").float()
+    model.text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder").float()
+    model.transformer = SD3Transformer2DModel.from_pretrained(folder / "transformer").float()
     return model.eval()
 
 

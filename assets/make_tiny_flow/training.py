@@ -55,7 +55,7 @@ def train_flow(options: argparse.Namespace, device: torch.device) -> None:
     tokenizer = load_or_make_tokenizer(options.work / "flow_tokenizer", captions, TEXT_LENGTH)
     torch.manual_seed(1)
     model = TinyFlow(tokenizer)
-    model.vae = type(model.vae).from_pretrained(options.output / "vae", torch_dtype=torch.float32)
+    model.vae = type(model.vae).from_pretrained(options.output / "vae").float()
     model.to(device)
     latents = model.encode(_pixels(options))
     parts = {"transformer": model.transformer, "text_encoder": model.text_encoder}

@@ -88,14 +88,14 @@ def load_vae(folder: Path, device: torch.device) -> AutoencoderKL:
     """The autoencoder of the model in ``folder``, frozen, in float32."""
     if not (folder / "vae").is_dir():
         raise SystemExit(f"no autoencoder in {folder / 'vae'}: run the stage vae first")
-    return AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32).to(device).requires_grad_(False)
+    return AutoencoderKL.from_pretrained(folder / "vae").to(device, torch.float32).requires_grad_(False)
 
 
 def load_pipeline(folder: Path, device: torch.device) -> StableDiffusionPipeline:
     """The model in ``folder``, in float32."""
     if not (folder / "model_index.json").is_file():
         raise SystemExit(f"no model in {folder}: run the stages vae and unet first")
-    return StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32).to(device)
+    return StableDiffusionPipeline.from_pretrained(folder).to(device, torch.float32)
 
 
 def save_pipeline(
