@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from freq_loss_plugin import image_files
 from freq_loss_plugin.guidance_token import features as guidance
 
 ROOT = Path(__file__).parent.parent
@@ -67,7 +68,9 @@ def test_features_are_those_of_clips_get_image_features(clip, data):
     assert loaded.clip.startswith(f"{clip.name}@")
     for image, features in loaded.by_image.items():
         with Image.open(image) as opened, torch.no_grad():
-            pixels = processor(images=opened.convert("RGB"), return_tensors="pt").pixel_values
+            white = Image.new("RGBA", opened.size, "white")
+            seen = Image.alpha_composite(white, opened.convert("RGBA")).convert("RGB")
+            pixels = processor(images=seen, return_tensors="pt").pixel_values
             expected = model.get_image_features(pixel_values=pixels)
         expected = getattr(expected, "pooler_output", expected)[0]
         torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-4)
@@ -92,6 +95,24 @@ def test_current_features_are_kept_and_changed_images_are_extracted_again(clip, 
     assert not list(data.rglob("*.part*"))
 
 
+def test_an_image_has_the_features_of_what_is_trained(clip, data):
+    """Transparent ones on white, as in the engine; what is hidden under the transparency does not count."""
+    values = np.random.default_rng(1).integers(0, 256, (40, 40, 4), dtype=np.uint8)
+    Image.fromarray(values).save(data / "1_b" / "transparent.png")
+    image_files.open_rgb(data / "1_b" / "transparent.png").save(data / "1_b" / "on_white.png")
+    scan = (values[..., 0].astype(np.uint16) * 257) // 4
+    Image.fromarray(scan).save(data / "1_b" / "deep.png")
+    scene = {name: data / "1_b" / f"{name}.png" for name in ("transparent", "on_white", "deep")}
+    Image.new("RGB", (8, 8)).save(data / "1_b" / "scan.tif")
+    done = extract("--train_data_dir", data, "--clip", clip)
+    assert "2 images, transparent: taken on white" in done.stdout
+    assert "1 images, 16 bits per pixel: taken at its brightness" in done.stdout
+    assert "1 images, left out, since trainers do not read their format; save them as PNG: 1_b/scan.tif" in done.stdout
+    loaded = guidance.load(dict.fromkeys(scene.values(), 1.0), "x").by_image
+    assert torch.equal(loaded[scene["transparent"]], loaded[scene["on_white"]])
+    assert not torch.allclose(loaded[scene["deep"]], loaded[scene["on_white"]], atol=1e-3)
+
+
 def test_a_kohya_toml_names_the_images(clip, data, tmp_path):
     (tmp_path / "my.toml").write_text(f'[data]\ntrain_data_dir = "{data.as_posix()}"\n[training]\nseed = 1\n')
     assert "3 images" in extract("--config_file", tmp_path / "my.toml", "--clip", clip).stdout
@@ -105,7 +126,7 @@ def test_broken_images_are_named_and_the_others_extracted(clip, data):
     assert done.returncode == 1
     assert "2 images cannot be read" in done.stdout
     assert "broken.png" in done.stdout
-    assert "cut.png" in done.stdout
+    assert "cut.png: damaged: image file is truncated" in done.stdout
     assert guidance.feature_file(data / "2_a" / "1.png").is_file()
     assert not guidance.feature_file(data / "2_a" / "broken.png").exists()
 
