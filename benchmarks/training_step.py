@@ -26,9 +26,9 @@ from torch import Tensor, autocast
 
 from freq_loss_plugin import FreqLossConfig
 from freq_loss_plugin.toy_model import model_folder
-from freq_loss_plugin.training.least_timesteps import draw_above, raised, several_of
-from freq_loss_plugin.training.passes import Pass, stream_above
+from freq_loss_plugin.training.passes import Pass
 from freq_loss_plugin.training.term import FrequencyTerm
+from freq_loss_plugin.training.timesteps import Draws
 
 MODES: dict[str, dict[str, Any]] = {
     "off": {"dist_match": 0.0},
@@ -101,14 +101,13 @@ class Step:
 
     def run(self, term: FrequencyTerm, number: int) -> bool:
         """Train step ``number`` with a term; whether the term took part in it."""
-        plan = term.plan(len(self._latents), draw)
         own = draw(len(self._latents))
-        if term.config.gated:
-            least = LEAST * (torch.arange(len(own)) % 2)
-            own = raised(own, least, draw_above(several_of(draw, len(own)), least, stream_above(plan, process=0)))
+        plan = term.plan(LEAST * (torch.arange(len(own)) % 2) if term.config.gated else None)
         if plan.extra is not None:
             term.extra_pass(self._pass(torch.full_like(own, plan.extra), plan.extra), Tensor.backward)
-        base = self._pass(own if plan.timesteps is None else plan.timesteps)
+        if plan.chooses:
+            own = term.choose(Draws(own, draw))
+        base = self._pass(own)
         balanced = term.balance(base)
         losses = (balanced.prediction - base.target).square().mean(dim=(1, 2, 3))
         losses = losses if balanced.weights is None else losses * balanced.weights
@@ -116,7 +115,7 @@ class Step:
         term.settle(number)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return plan.has_term or plan.extra is not None
+        return term.has_term
 
     def _pass(self, timesteps: Tensor, common: int | None = None) -> Pass:
         """The pass at ``timesteps``; ``common`` is their value where they are all the same."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,28 +13,24 @@ def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
     """Write a temporary file beside ``file`` and move it there, so a full disk or a killed process leaves the old one.
 
     Args:
-        file: the file to write; its folder is created if needed.
+        file: the file to write; its folder is created if needed. Of several programs that write it, one wins.
         write: writes the content to the path it is given.
 
     Raises:
         OSError: it cannot be written; the message names the file and the cause.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f"{file.name}.part")
+    part = file.with_name(f"{file.name}.{secrets.token_hex(4)}.part")
     try:
         try:
+            part.touch(exist_ok=False)
+            mode = part.stat().st_mode  # as the user wants new files; safetensors creates some that only they can read
             write(part)
         except Exception as error:  # safetensors, torch and matplotlib raise errors of their own for a full disk
             raise OSError(f"{file} cannot be written: {error}") from error
         with part.open("rb+") as written:
             os.fsync(written.fileno())
-        part.chmod(0o666 & ~_umask())  # safetensors creates files that only their owner can read
+        part.chmod(mode)
         part.replace(file)
     finally:
         part.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

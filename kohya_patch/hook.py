@@ -10,6 +10,7 @@ from typing import Any
 
 from freq_loss_plugin import FreqLossConfig
 from freq_loss_plugin.image_quality.survey import SUMMARY_KEY
+from freq_loss_plugin.training.distributed import gather
 from freq_loss_plugin.training.messages import Message
 from freq_loss_plugin.training.term import FrequencyTerm
 
@@ -51,12 +52,13 @@ class Hook:
         self.term = FrequencyTerm(
             config,
             run.family.prediction_type(run.args),
-            seed=getattr(run.args, "seed", None),
+            # Without a seed each process of a host draws one by itself; that of the first one is taken.
+            seed=gather(getattr(run.args, "seed", None))[0],
             first_batch=step * (getattr(run.args, "gradient_accumulation_steps", None) or 1),
             process=process_index(),
             max_train_steps=getattr(run.args, "max_train_steps", None),
         )
-        self._state = StateFile(config, run.args, self.term)
+        self._state = StateFile(run.args, self.term)
         self._draws_balance = config.balanced
         self._accelerator: Accelerator | None = None
         self._logs: dict[str, float] = {}

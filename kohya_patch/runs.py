@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from types import FrameType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
 
+from .frames import callers_named, local_variables
 from .protocols import Family, Trainer
 
 if TYPE_CHECKING:
@@ -53,11 +52,10 @@ class TrainingRun(Generic[FamilyT]):
         A host hands a network module neither its trainer nor its arguments, but it calls it from
         ``trainer.train(args)``, and the innermost such call is on the stack.
         """
-        for frame in _callers():
-            trainer, args = frame.f_locals.get("self"), frame.f_locals.get("args")
+        for frame in callers_named("train"):
+            trainer, args, *groups = local_variables(frame, "self", "args", *cls.groups)
             is_trainer = any(each.__name__ in cls.families for each in type(trainer).__mro__)
-            if frame.f_code.co_name == "train" and is_trainer and isinstance(args, argparse.Namespace):
-                groups = (frame.f_locals.get(name) for name in cls.groups)
+            if is_trainer and isinstance(args, argparse.Namespace):
                 datasets = (tuple(getattr(group, "datasets", ())) for group in groups)
                 return cls(cast(Trainer, trainer), args, *datasets)
         return None
@@ -75,10 +73,3 @@ def process_index() -> int:
     from accelerate import PartialState  # noqa: PLC0415
 
     return PartialState().process_index
-
-
-def _callers() -> Iterator[FrameType]:
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        yield frame
-        frame = frame.f_back

@@ -19,6 +19,7 @@ import sys
 from types import FrameType
 from typing import Any, NamedTuple
 
+from .frames import local_variables
 from .host import UnsupportedTrainerError
 
 
@@ -89,4 +90,5 @@ def _check_before(function: Any, program: str) -> Any:
 
 def _is_asked_for(caller: FrameType) -> bool:
     """Whether the arguments in the calling function name our network module."""
-    return getattr(caller.f_locals.get("args"), "network_module", None) == __package__
+    (args,) = local_variables(caller, "args")
+    return getattr(args, "network_module", None) == __package__

@@ -68,8 +68,6 @@ def test_resuming_continues_the_sequence_of_timesteps_and_noise(sd_scripts, tmp_
     settings = {"save_every_n_steps": 2, "save_state": True, "max_train_steps": 4}
     options = {
         "dist_match": 0.01,
-        "freq_loss_batch_history": 2,
-        "freq_loss_history_decay": 0.5,
         "freq_loss_gradient_ratio": 0.05,
     }
     whole = sd_scripts.train(tmp_path / "whole", freq_loss=options, **settings)
@@ -80,11 +78,6 @@ def test_resuming_continues_the_sequence_of_timesteps_and_noise(sd_scripts, tmp_
     for late, first in zip(whole.batches()[2:], resumed.batches(), strict=False):
         assert torch.equal(late["extra"]["timesteps"], first["extra"]["timesteps"])
         assert torch.equal(late["extra"]["target"], first["extra"]["target"])
-    # The batch history continues as well: the first step after resuming includes the two before it.
-    joined = [residual_sum(batch) for batch in (*whole.batches()[:2], resumed.batches()[0])]
-    low, high = oracle.wavelet_bands((joined[2] + 0.5 * joined[1] + 0.25 * joined[0])[None])
-    assert resumed.scalars["loss/freq_low"][0] == pytest.approx((low**2).mean(), rel=1e-4)
-    assert resumed.scalars["loss/freq_high"][0] == pytest.approx((high**2).mean(), rel=1e-4)
     # So do the averages of the gradient-norm ratio; without them, the weight would follow the first batch alone.
     # (Two earlier batches of three are the same; the third holds other images.)
     weight = whole.scalars["loss/freq_weight"][2]

@@ -91,7 +91,7 @@ def test_a_validation_split_is_not_trained_on_and_its_bands_are_logged(make_sett
 @pytest.mark.versions
 def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(make_settings):
     changes = {"gradient_accumulation_steps": 2, "lr_scheduler": "cosine", "lr_warmup_steps": 1}
-    loss = dataclasses.replace(ON, batch_history=3, history_decay=0.9, gradient_ratio=0.1)
+    loss = dataclasses.replace(ON, balance="timestep", gradient_ratio=0.1)
     whole = run.train(make_settings(output_name="whole", **changes), loss)
     interrupted = make_settings(output_name="parts", save_every_n_steps=3, **changes)
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from freq_loss_plugin import FreqLossConfig, frequency_matching_loss
-from freq_loss_plugin.training.least_timesteps import draw_above, raised
 from freq_loss_plugin.training.passes import Pass
 from freq_loss_plugin.training.term import FrequencyTerm
+from freq_loss_plugin.training.timesteps import Draws
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
@@ -101,7 +101,6 @@ def test_a_few_dozen_launches_without_synchronization(spec, timesteps):
 OPTIONS = [
     {"timesteps": "own"},
     {"timesteps": "own", "gradient_ratio": 0.1},
-    {"timesteps": "own", "batch_history": 4},
     {"timesteps": "own", "method": "fft", "min_snr_gamma": 5.0},
     {"timesteps": "shared", "gradient_ratio": 0.1},
     {"timesteps": "unified"},
@@ -129,12 +128,13 @@ class Steps:
 
     def step(self):
         least = LEAST if self.term.config.gated else None
-        plan = self.term.plan(BATCH, lambda count: torch.full((count,), 400), least=least)
+        plan = self.term.plan(least)
         if plan.extra is not None:
             self.term.extra_pass(self.run(plan.extra), torch.Tensor.backward)
-        timesteps = self.own if plan.timesteps is None else plan.timesteps.to(DEVICE, non_blocking=True)
-        if least is not None:
-            timesteps = raised(timesteps, least, draw_above(lambda: torch.full((1, BATCH), 800), least, plan.stream))
+        timesteps = self.own
+        if plan.chooses:
+            draws = Draws(self.own, lambda count: torch.full((count,), 400 if least is None else 800))
+            timesteps = self.term.choose(draws).to(DEVICE, non_blocking=True)
         passed = self.run(timesteps)
         balanced = self.term.balance(passed)
         losses = (balanced.prediction.float() - self.noise.float()).square().mean(dim=(1, 2, 3))

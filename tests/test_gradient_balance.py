@@ -42,7 +42,7 @@ def test_the_gain_is_the_definition_over_many_batches():
     term[[3, 10]], term[20] = 0.0, np.nan  # a batch without a term, and a broken one
     ratio = GradientRatio(0.1)
     for index in range(60):
-        ratio.observe(base=of_norm(base[index]), term=of_norm(term[index]))
+        ratio.observe(HOST, base=of_norm(base[index]), term=of_norm(term[index]))
         gain = ratio.gain(HOST).item()
         assert gain == pytest.approx(expected_gain(0.1, base[: index + 1], term[: index + 1]), rel=1e-4)
 
@@ -50,26 +50,26 @@ def test_the_gain_is_the_definition_over_many_batches():
 def test_nothing_is_scaled_before_both_are_known():
     ratio = GradientRatio(0.1)
     assert ratio.gain(HOST) == 1
-    ratio.observe(term=of_norm(3.0))
+    ratio.observe(HOST, term=of_norm(3.0))
     assert ratio.gain(HOST) == 1
-    ratio.observe(base=of_norm(6.0))
+    ratio.observe(HOST, base=of_norm(6.0))
     assert ratio.gain(HOST).item() == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize(("base", "term", "bound"), [(1e-9, 1.0, BOUNDS[0]), (1.0, 1e-12, BOUNDS[1])])
 def test_the_gain_is_bounded(base, term, bound):
     ratio = GradientRatio(0.1)
-    ratio.observe(base=of_norm(base), term=of_norm(term))
+    ratio.observe(HOST, base=of_norm(base), term=of_norm(term))
     assert ratio.gain(HOST).item() == pytest.approx(bound)
 
 
 def test_the_averages_continue_from_what_they_saved():
     first, second = GradientRatio(0.2), GradientRatio(0.2)
     assert first.state_dict() == {}
-    first.observe(base=of_norm(1.0), term=of_norm(2.0))
+    first.observe(HOST, base=of_norm(1.0), term=of_norm(2.0))
     second.load_state_dict(first.state_dict())
     for ratio in (first, second):
-        ratio.observe(base=of_norm(3.0), term=of_norm(1.0))
+        ratio.observe(HOST, base=of_norm(3.0), term=of_norm(1.0))
     assert first.gain(HOST) == second.gain(HOST)
 
 
@@ -149,7 +149,7 @@ def test_a_loss_that_was_not_computed_from_the_prediction_is_noticed():
 def work(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     ratio = GradientRatio(0.1)
-    ratio.observe(base=of_norm((1.0, 7.0)[rank]), term=of_norm((4.0, 3.0)[rank]))
+    ratio.observe(HOST, base=of_norm((1.0, 7.0)[rank]), term=of_norm((4.0, 3.0)[rank]))
     torch.save(ratio.gain(HOST), f"{folder}/{rank}")
     dist.destroy_process_group()
 

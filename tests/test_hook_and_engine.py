@@ -73,7 +73,7 @@ def in_engine(trainer, passes, monkeypatch):
     [
         {"timesteps": "own", "min_timestep": 0, "max_timestep": 1000},
         {"timesteps": "own", "gradient_ratio": 0.1, "grad_cosine": True},
-        {"timesteps": "shared", "gradient_ratio": 0.1, "grad_cosine": True, "batch_history": 2},
+        {"timesteps": "shared", "gradient_ratio": 0.1, "grad_cosine": True},
         {"timesteps": "unified"},
         {"timesteps": "unified", "gradient_ratio": 0.1, "grad_cosine": True},
         {"timesteps": "unified", "sample_weights": "min_snr", "method": "fft", "reduction": "mean"},

@@ -171,23 +171,23 @@ def test_deferred_scalars_are_the_scalars():
 
 def test_a_state_without_our_file_begins_anew_with_a_warning(tmp_path, caplog):
     pytest.importorskip("accelerate")
-    config = FreqLossConfig(timesteps="own", max_timestep=1000, batch_history=2, gradient_ratio=0.1)
+    config = FreqLossConfig(timesteps="own", max_timestep=1000, balance="band", gradient_ratio=0.1)
     args = argparse.Namespace(resume=str(tmp_path))
     term = FrequencyTerm(config, "flow", seed=1)
     with caplog.at_level(logging.WARNING, logger="kohya_patch"):
-        state = StateFile(config, args, term)
-    assert "freq_loss_batch_history begins anew" in caplog.text
+        state = StateFile(args, term)
+    assert "freq_loss_balance begins anew" in caplog.text
     assert "freq_loss_gradient_ratio begins anew" in caplog.text
     prediction = torch.randn(3, 4, 8, 8, requires_grad=True)
-    term.plan(3)
+    term.plan()
     term.join(Pass(prediction, torch.zeros(3, 4, 8, 8), 500.0), prediction.square().mean())
     state._save(None, None, str(tmp_path))
     caplog.clear()
     resumed = FrequencyTerm(config, "flow", seed=1)
-    StateFile(config, args, resumed)
+    StateFile(args, resumed)
     assert caplog.text == ""
     before, after = term.state_dict(), resumed.state_dict()
     assert before.keys() == after.keys()
-    assert {name.partition(".")[0] for name in before} == {"batch_history", "gradient_ratio"}
+    assert {name.partition(".")[0] for name in before} == {"balance", "gradient_ratio"}
     for name, value in before.items():
         assert torch.equal(after[name], value)

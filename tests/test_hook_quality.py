@@ -60,7 +60,7 @@ def test_only_timesteps_below_the_least_change(stand_ins, name):
     images = [BAD, SHARP, WORSE]
     install(stand_in, images)
     raised = 0
-    for seed in range(12):
+    for seed in range(1, 13):  # with a seed of 0 the noise is what the latents are
         plain.process_batch(seed=seed)
         loss = stand_in.process_batch(seed=seed)
         before, after = timesteps_of(name, plain.passes[-1]), timesteps_of(name, stand_in.passes[-1])
@@ -109,7 +109,7 @@ def test_a_shared_timestep_counts_the_images_that_may_train_there(stand_ins, nam
     for seed in range(4):
         base = stand_in.process_batch(seed=seed)
         timesteps = timesteps_of(name, stand_in.passes[-1])
-        shared = hook.term._plan.shared
+        shared = float(hook.term._plan.shared)
         assert timesteps[0] == timesteps[2] == pytest.approx(shared, abs=1)
         counted = torch.tensor([1.0, float(shared >= LEAST[BAD]), 1.0])
         assert timesteps[1] >= LEAST[BAD] - 1e-3

@@ -57,13 +57,13 @@ def drawing_of(stand_in):
     """How the trainer draws n timesteps for a batch like its own."""
     draws = []
 
-    def choose(draw, count, own):
-        draws.append(draw)
-        return draw(count)
+    def choose(of_batch):
+        draws.append(of_batch.draw)
+        return of_batch.own
 
     trainer = type(stand_in.trainer)
     prediction = FAMILIES[trainer.__name__].kind
-    with TimestepChoice(prediction, host.drawing_function(trainer, prediction)).made_by(choose):
+    with TimestepChoice(prediction, host.drawing_function(trainer, prediction)).made_by(choose, "stream"):
         stand_in.process_batch()
     return draws[0]
 

@@ -123,7 +123,7 @@ def train_one_batch(arm, prediction, target, latents):
     base, extra = (torch.from_numpy(prediction).requires_grad_() for _ in range(2))
     noise = torch.from_numpy(target)
     term = arm.new_term(0, lambda: torch.from_numpy(latents))
-    assert term.plan(len(base)).extra is not None
+    assert term.plan().extra is not None
     term.extra_pass(Pass(extra, noise, TIMESTEP, alphas), torch.Tensor.backward)
     base_loss = arms.mse(base, noise)
     loss = term.join(Pass(base, noise, TIMESTEP, alphas), base_loss)

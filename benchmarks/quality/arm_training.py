@@ -14,6 +14,7 @@ from freq_loss_plugin.engine.dataset import Batches, Example
 from freq_loss_plugin.engine.model import Model
 from freq_loss_plugin.training.gradient_balance import mse_gradient
 from freq_loss_plugin.training.passes import Pass
+from freq_loss_plugin.training.timesteps import Draws
 
 BATCH, LEARNING_RATE, MAX_NORM = 4, 4e-3, 1.0
 
@@ -51,14 +52,16 @@ class ArmTraining:
 
     def _step(self, number: int) -> float | None:
         self._chosen = self._batches[number]
-        plan = self._term.plan(len(self._chosen), lambda count: torch.randint(1000, (count,)))
+        plan = self._term.plan()
         extra = None
         if plan.extra is not None:
             extra = self._pass(plan.extra, self._generator("unified", number))
             self._term.extra_pass(extra, Tensor.backward)
         generator = self._generator("base", number)
         timesteps = torch.randint(1000, (len(self._chosen),), generator=generator)
-        base = self._pass(timesteps if plan.timesteps is None else plan.timesteps, generator)
+        if plan.chooses:
+            timesteps = self._term.choose(Draws(timesteps, lambda count: torch.randint(1000, (count,))))
+        base = self._pass(timesteps, generator)
         loss = self._term.join(base, self._arm.base_loss(base.prediction, base.target))
         base.prediction.grad = None  # where `join` differentiated the base loss, retain_grad kept that gradient
         loss.backward()
@@ -67,7 +70,7 @@ class ArmTraining:
         self._optimizer.step()
         self._schedule.step()
         self._optimizer.zero_grad()
-        return _gradient_ratio(base, extra) if plan.has_term or extra is not None else None
+        return _gradient_ratio(base, extra) if self._term.has_term else None
 
     def _pass(self, timesteps: Tensor | int, generator: torch.Generator) -> Pass:
         clean = self._latents[self._chosen]

@@ -30,6 +30,7 @@ from freq_loss_plugin.loss.latents import residual_scale
 from freq_loss_plugin.training.gradient_balance import GradientRatio, base_gradient, with_gradient
 from freq_loss_plugin.training.passes import Pass, Plan
 from freq_loss_plugin.training.term import FrequencyTerm
+from freq_loss_plugin.training.timesteps import Draws
 
 LOW, HIGH = 0.7, 0.3
 
@@ -58,9 +59,18 @@ class StatisticTerm:
         self._extra: Pass | None = None
         self._value = torch.zeros(())
 
-    def plan(self, count: int, draw: Callable[[int], Tensor] | None = None) -> Plan:
+    def plan(self) -> Plan:
         """As `FrequencyTerm.plan`."""
-        return self._timesteps.plan(count, draw)
+        return self._timesteps.plan()
+
+    def choose(self, draws: Draws) -> Tensor:
+        """As `FrequencyTerm.choose`."""
+        return self._timesteps.choose(draws)
+
+    @property
+    def has_term(self) -> bool:
+        """As `FrequencyTerm.has_term`."""
+        return self._timesteps.has_term
 
     def extra_pass(self, passed: Pass, _backward: Callable[[Tensor], None]) -> None:
         """Keep the extra pass for `join`, whose loss goes back through both passes."""
@@ -71,7 +81,7 @@ class StatisticTerm:
         used, self._extra = self._extra or passed, None
         value, gradient = statistic_with_gradient(self._statistic, used, self._clean())
         if self._ratio is not None:
-            self._ratio.observe(base=base_gradient(base_loss, passed.prediction), term=gradient)
+            self._ratio.observe(gradient.device, base=base_gradient(base_loss, passed.prediction), term=gradient)
             gain = self._ratio.gain(gradient.device)
             value, gradient = gain * value, gain * gradient
         self._value = value

@@ -11,13 +11,14 @@ from PIL import Image
 from torch import Tensor
 
 from freq_loss_plugin.engine.dataset import Batches, Example
-from freq_loss_plugin.image_quality.measurement import as_pixels
+from freq_loss_plugin.image_quality.pixels import as_pixels
 from freq_loss_plugin.image_quality.survey import survey
+from freq_loss_plugin.image_quality.trained_image import TrainedImage
 from freq_loss_plugin.loss.sample_weights import min_snr_weights
-from freq_loss_plugin.training.least_timesteps import draw_above, raised, several_of
-from freq_loss_plugin.training.passes import Pass, stream_above
+from freq_loss_plugin.training.passes import Pass
 from freq_loss_plugin.training.random_streams import named_generator
 from freq_loss_plugin.training.term import FrequencyTerm
+from freq_loss_plugin.training.timesteps import Draws
 
 from .arms import Arm, Weighting
 from .images import read
@@ -83,16 +84,15 @@ class ArmTraining:
         """Run the passes of batch ``number``."""
         chosen = self._batches[number]
         least = self.least[chosen] if self.least[chosen].any() else None
-        plan = self._term.plan(len(chosen), self._draw, least=least)
+        plan = self._term.plan(least)
         if plan.extra is not None:
             at = torch.full((len(chosen),), plan.extra)
             extra = self._pass(chosen, at, named_generator(plan.stream))._replace(timesteps=plan.extra)
             self._term.extra_pass(extra, Tensor.backward)
         generator = named_generator(f"base:{self._seed}:{number}")
         timesteps = self._draw(len(chosen), generator)
-        if least is not None:
-            above = draw_above(several_of(self._draw, len(chosen)), least, stream_above(plan, process=0))
-            timesteps = raised(timesteps, least, above)
+        if plan.chooses:
+            timesteps = self._term.choose(Draws(timesteps, self._draw))
         passed = self._pass(chosen, timesteps, generator)
         balanced = self._term.balance(passed)
         losses = losses_of(self._arm.weighting, passed._replace(prediction=balanced.prediction))
@@ -118,9 +118,9 @@ class ArmTraining:
         def encode(image: Image.Image) -> Tensor:
             return self._trainee.encode(as_pixels(image)[None])
 
-        sizes = dict.fromkeys(files, (side, side))
-        found = survey(sizes, self._arm.config, encode, self._trainee.snr, end=1000).least
-        return torch.tensor([float(found.get(file, 0)) for file in files])
+        images = [TrainedImage(file, (side, side)) for file in files]
+        found = survey(images, self._arm.config, encode, self._trainee.snr, end=1000).least
+        return torch.tensor([float(found.get(image, 0)) for image in images])
 
 
 def losses_of(weighting: Weighting, passed: Pass) -> Tensor:

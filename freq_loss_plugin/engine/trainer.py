@@ -36,11 +36,11 @@ from ..lora import kohya_format
 from ..loss.latents import NUM_TRAIN_TIMESTEPS
 from ..loss.sample_weights import min_snr_weights
 from ..options.config import FreqLossConfig
-from ..training.least_timesteps import draw_above, raised, several_of
 from ..training.monitor import NonFiniteLossError, StepMetrics
-from ..training.passes import Pass, stream_above
+from ..training.passes import Pass
 from ..training.random_streams import named_generator
 from ..training.term import FrequencyTerm
+from ..training.timesteps import Draws
 from .checkpoint import metadata, write_state
 from .dataset import Batches, DataSet, Example
 from .evaluation import ValidationSet
@@ -151,18 +151,15 @@ class Trainer:
         def draw(count: int) -> Tensor:
             return torch.randint(*window, (count,))
 
-        plan = self._term.plan(len(indices), draw, least=least)
+        plan = self._term.plan(least)
         if plan.extra is not None:
             extra = self._pass_at(latents, plan.extra, examples, named_generator(plan.stream))
             self._term.extra_pass(extra, self.backward)
         generator = named_generator(f"base:{self._settings.seed}:{number}")
         # Always drawn, so that the noise is the same with and without the loss.
         timesteps = torch.randint(*window, (len(indices),), generator=generator)
-        if plan.timesteps is not None:
-            timesteps = plan.timesteps
-        elif least is not None:
-            above = draw_above(several_of(draw, len(indices)), least, stream_above(plan, process=0))
-            timesteps = raised(timesteps, least, above)
+        if plan.chooses:
+            timesteps = self._term.choose(Draws(timesteps, draw))
         passed = self._pass(latents, timesteps, examples, generator)
         balanced = self._term.balance(passed)
         base_loss = self._base_loss(passed._replace(prediction=balanced.prediction), balanced.weights)

@@ -60,7 +60,7 @@ def frequency_matching_loss(
         config: a `LossSpec`, or options that make one. Its ``dist_match`` may be 0: the total is then 0, with a zero
             gradient.
         combine: given D, returns the D whose bands are compared: joined with that of other processes
-            (`freq_loss_plugin.training.distributed`) or earlier batches (`freq_loss_plugin.training.batch_history`).
+            (`freq_loss_plugin.training.distributed`).
 
     Returns:
         `FrequencyLoss` ``(total, low, high)``.

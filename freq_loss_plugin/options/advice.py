@@ -49,10 +49,10 @@ def useless_settings(config: FreqLossConfig, batch_size: int | None = None) -> l
             f"freq_loss_low_weight = freq_loss_high_weight: the term {exact} the plain MSE of the batch "
             f"{config.reduction}, and the bands do nothing; give them different weights"
         )
-    if batch_size == 1 and not config.batch_history:
+    if batch_size == 1:
         found.append(
             "batch size 1: there is no distribution to match, the term is a band-weighted MSE of one image; "
-            "a train_batch_size of 4 or more is what the method is made for, or a freq_loss_batch_history"
+            "a train_batch_size of 4 or more is what the method is made for"
         )
     return found
 

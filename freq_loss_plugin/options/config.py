@@ -22,7 +22,6 @@ from .image_rules import ImageRules
 from .keys import PREFIX
 
 Timesteps = Literal["unified", "shared", "own"]
-Scope = Literal["global", "local"]
 Balance = Literal["off", "timestep", "band"]
 ImageQuality = Literal["off", "auto"]
 
@@ -68,15 +67,6 @@ class FreqLossConfig:
     )
     reduction: Reduction = _option(
         "sum", "sum over the batch (the formula), or mean (does not grow with the batch)", choices=get_args(Reduction)
-    )
-    scope: Scope = _option(
-        "global",
-        "with several processes: global matches the batch of all of them, local each process's own",
-        choices=get_args(Scope),
-    )
-    batch_history: int = _option(0, "earlier batches whose residuals join this one's; 0 is off")
-    history_decay: float = _option(
-        1.0, "factor by which a batch's weight shrinks with each batch that follows, above 0 and at most 1"
     )
     gradient_ratio: float = _option(
         0.0,
@@ -262,11 +252,8 @@ class FreqLossConfig:
         for name in ("dist_match", "low_weight", "high_weight", "gradient_ratio", "guidance_token"):
             if not (0 <= getattr(self, name) < math.inf):
                 raise wrong_value(self, name, "a finite number >= 0")
-        if self.batch_history < 0:
-            raise wrong_value(self, "batch_history", "a whole number >= 0: how many batches are remembered; 0 for none")
-        for name in ("history_decay", "balance_power"):
-            if not 0 < getattr(self, name) <= 1:
-                raise wrong_value(self, name, "a number above 0 and at most 1")
+        if not 0 < self.balance_power <= 1:
+            raise wrong_value(self, "balance_power", "a number above 0 and at most 1")
         for name, usual in (("min_snr_gamma", 5), ("image_quality_threshold", 16)):
             if not 0 < getattr(self, name) < math.inf:
                 raise wrong_value(self, name, f"a finite number > 0; {usual} is usual")

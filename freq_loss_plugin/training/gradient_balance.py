@@ -12,7 +12,8 @@ the norm of the term's gradient has the stated ratio to that of the base loss, w
 the batch size, the model and ``dist_match``; from one batch to the next it may be larger or smaller, as the term is.
 Batches without a term, or whose gradient is 0 or not finite, leave the averages alone. The extra pass of ``unified``
 comes before the base pass; in the first batch the gradient that plain MSE would have in the extra pass is used in place
-of g_b. The gain is within `BOUNDS`. Processes take the mean of their squared norms, so that they agree on the gain.
+of g_b. The gain is within `BOUNDS`. Processes take the mean of the squared norms of those that have a term in a batch,
+so that all agree on the gain.
 
 **Cosine** (``freq_loss_grad_cosine``). The cosine similarity of g_f and g_b. The extra pass of ``unified`` has a
 prediction of its own, at which there is no base loss; there, too, plain MSE is used in its place.
@@ -22,7 +23,7 @@ Everything stays on the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -110,9 +111,9 @@ class GradientBalance:
         gain = torch.ones((), device=term.gradient.device)
         if self.ratio is not None:
             if same_pass:
-                self.ratio.observe(base=reference, term=term.gradient)
+                self.ratio.observe(term.gradient.device, base=reference, term=term.gradient)
             else:
-                self.ratio.observe(term=term.gradient, stand_in=reference)
+                self.ratio.observe(term.gradient.device, term=term.gradient, stand_in=reference)
             gain = self.ratio.gain(term.gradient.device)
             logs["freq_weight"] = gain * self._config.dist_match
         if self._config.grad_cosine:
@@ -125,7 +126,12 @@ class GradientBalance:
     def observe_base(self, gradient: Tensor) -> None:
         """Take g_b of a base pass into the average, where the term has a pass of its own."""
         if self.ratio is not None:
-            self.ratio.observe(base=gradient)
+            self.ratio.observe(gradient.device, base=gradient)
+
+    def observe_nothing(self, device: torch.device) -> None:
+        """Learn the gradients of the other processes, where this one has no term in a batch."""
+        if self.ratio is not None:
+            self.ratio.observe(device)
 
 
 class GradientRatio:
@@ -142,25 +148,32 @@ class GradientRatio:
         self._stand_in: Tensor | None = None
 
     def observe(
-        self, *, base: Tensor | None = None, term: Tensor | None = None, stand_in: Tensor | None = None
+        self,
+        device: torch.device,
+        *,
+        base: Tensor | None = None,
+        term: Tensor | None = None,
+        stand_in: Tensor | None = None,
     ) -> None:
-        """Take gradients of a batch into the averages; by all processes together, with the same arguments present.
+        """Take gradients of a batch into the averages; to be called by all processes together.
 
-        ``stand_in`` stands for the base gradient until one has been seen.
+        Args:
+            device: that of the gradients.
+            base: g_b; None where this process has none in this batch.
+            term: g_f; the same.
+            stand_in: stands for the base gradient until one has been seen.
         """
-        given = [gradient for gradient in (base, term, stand_in) if gradient is not None]
-        squares = torch.stack([gradient.detach().float().square().sum() for gradient in given])
+        given = [base, term, stand_in]
+        squares = [torch.zeros((), device=device) if one is None else _square(one) for one in given]
+        sums = torch.stack([*squares, *(torch.full_like(squares[0], one is not None) for one in given)])
         if there_are_several():
-            dist.all_reduce(squares)
-            squares = squares / dist.get_world_size()
-        averages = torch.zeros(2, 2, device=squares.device) if self._averages is None else self._averages
-        averages = averages.to(squares.device)
-        rows = [row for row, gradient in enumerate((base, term)) if gradient is not None]
-        for row, square in zip(rows, squares, strict=False):
-            moved = torch.lerp(averages[row], torch.stack([square, torch.ones_like(square)]), 1 - DECAY)
-            averages[row] = torch.where(square.isfinite() & (square > 0), moved, averages[row])
-        self._averages = averages
-        self._stand_in = squares[-1] if stand_in is not None else None
+            dist.all_reduce(sums)
+        means = sums[:3] / sums[3:].clamp(min=1)
+        averages = torch.zeros(2, 2, device=device) if self._averages is None else self._averages.to(device)
+        moved = torch.lerp(averages, torch.stack([means[:2], torch.ones_like(means[:2])], dim=1), 1 - DECAY)
+        usable = means[:2].isfinite() & (means[:2] > 0)
+        self._averages = torch.where(usable[:, None], moved, averages)
+        self._stand_in = means[2] if stand_in is not None else None
 
     def gain(self, device: torch.device) -> Tensor:
         """What multiplies the term now; a scalar."""
@@ -175,11 +188,16 @@ class GradientRatio:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averages, on the CPU; empty before the first batch."""
-        return {} if self._averages is None else {"averages": self._averages.cpu()}
+        return {} if self._averages is None else {"averages": self._averages.to("cpu", copy=True)}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on with what `state_dict` returned."""
-        self._averages = state.get("averages")
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> bool:
+        """Go on with what `state_dict` returned; whether it fits."""
+        self._averages = state["averages"].clone()
+        return True
+
+
+def _square(gradient: Tensor) -> Tensor:
+    return gradient.detach().float().square().sum()
 
 
 def with_gradient(prediction: Tensor, value: Tensor, gradient: Tensor) -> Tensor:

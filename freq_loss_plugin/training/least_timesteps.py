@@ -1,54 +1,72 @@
-"""Timesteps of images that train only above a noise level: drawn again until they are there.
+"""Timesteps of images that train only above a noise level.
 
 A sample whose least timestep is L trains at t ~ p(t | t >= L), p being the trainer's own distribution. Its first draw
-stays where it already is above, and samples without a least timestep keep theirs; what is drawn again comes from a
-random stream of its own, so that nothing else in a run changes.
+stays where it already is above, and samples without a least timestep keep theirs.
+
+To draw below L again and again would call the trainer's function hundreds of times in a batch. Instead `DRAWN`
+timesteps are drawn from it once, the first time that one is needed, and kept sorted: those from L on are a sample of
+p(t | t >= L), from which one is picked. All of this has random streams of its own, so nothing else in a run changes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
 
-from .random_streams import separate_random_stream
+from .random_streams import named_generator, separate_random_stream
+from .timesteps import Draws
 
 _CPU = torch.device("cpu")
-# Where a distribution has next to nothing above a least timestep, that timestep itself is taken in the end.
-_MOST_DRAWS = 500
+# Of these, some 900 are above the highest least timestep, 900, where timesteps are drawn from a logit-normal.
+DRAWN = 2**16
 
 
-def draw_above(draw: Callable[[], Tensor], least: Tensor, stream: str) -> Tensor:
-    """One timestep for each sample, from its distribution above its least timestep.
+class TimestepPools:
+    """Timesteps of each distribution of a run, drawn in advance.
 
     Args:
-        draw: timesteps of all samples, shape (n, B), n of them for each, on the CPU and the scale 0..1000, from torch's
-            default generator.
-        least: shape (B,), on the CPU.
-        stream: names the random stream.
-
-    Returns:
-        Shape (B,), on the CPU; of the dtype of ``draw``'s.
+        stream: names the random stream of the draws.
     """
-    with separate_random_stream(stream, _CPU):
-        drawn = draw()
-        found, pending = drawn[0].clone(), torch.ones(len(least), dtype=torch.bool)
-        for _ in range(_MOST_DRAWS):
-            above = drawn >= least
-            first = above.to(torch.int8).argmax(dim=0)
-            hits = pending & above.any(dim=0)
-            found = torch.where(hits, drawn.gather(0, first[None])[0], found)
-            pending &= ~hits
-            if not pending.any():
-                break
-            drawn = draw()
-    return torch.where(pending, least.to(found.dtype), found)
+
+    def __init__(self, stream: str) -> None:
+        self._stream = stream
+        self._pools: dict[Hashable, Tensor] = {}
+
+    def above(self, least: Tensor, draws: Draws, stream: str) -> Tensor:
+        """One timestep for each sample, from its distribution above its least timestep.
+
+        Args:
+            least: shape (B,), on the CPU.
+            draws: of the batch.
+            stream: names the random stream of the picks.
+
+        Returns:
+            Shape (B,), on the CPU. Where a distribution has nothing above a least timestep, that itself.
+        """
+        chance = torch.rand(len(least), generator=named_generator(stream), dtype=torch.float64)
+        picked = least.to(torch.float32)
+        for kind in set(draws.kinds):
+            of_kind = torch.tensor([kind == each for each in draws.kinds]) & (least > 0)
+            if of_kind.any():
+                pool = self._pool((draws.size, kind), draws.of_kind(kind))
+                picked[of_kind] = _pick(pool, picked[of_kind], chance[of_kind])
+        return picked
+
+    def _pool(self, key: Hashable, draw: Callable[[int], Tensor]) -> Tensor:
+        """Sorted draws, float32."""
+        if key not in self._pools:
+            with separate_random_stream(f"{self._stream}:{key}", _CPU):
+                self._pools[key] = draw(DRAWN).float().sort().values
+        return self._pools[key]
 
 
-def several_of(draw: Callable[[int], Tensor], count: int) -> Callable[[], Tensor]:
-    """What `draw_above` takes, where all ``count`` samples draw from one distribution: ``draw`` of n timesteps."""
-    return lambda: draw(8 * count).view(8, count)
+def _pick(pool: Tensor, least: Tensor, chance: Tensor) -> Tensor:
+    """One of the timesteps from ``least`` on for each sample, ``chance`` in 0..1 saying which."""
+    first = torch.searchsorted(pool, least)
+    index = first + (chance * (len(pool) - first)).long()
+    return torch.where(first < len(pool), pool[index.clamp(max=len(pool) - 1)], least)
 
 
 def raised(timesteps: Tensor, least: Tensor, above: Tensor) -> Tensor:

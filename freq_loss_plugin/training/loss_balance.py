@@ -26,6 +26,7 @@ Everything stays on the device. Processes sum what they saw, so that they agree 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -122,12 +123,14 @@ class LossBalance:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Running means and counts, on the CPU."""
-        return {"means": self._means.cpu(), "counts": self._counts.cpu()}
+        return {"means": self._means.to("cpu", copy=True), "counts": self._counts.to("cpu", copy=True)}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on with what `state_dict` returned."""
-        if state["means"].shape == self._means.shape:
-            self._means, self._counts = state["means"], state["counts"]
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> bool:
+        """Go on with what `state_dict` returned; False where it is that of the other mode."""
+        if state["means"].shape != self._means.shape:
+            return False
+        self._means, self._counts = state["means"].clone(), state["counts"].clone()
+        return True
 
     def _split(self, residual: Tensor) -> tuple[Tensor, ...]:
         return (residual,) if self._config.balance == "timestep" else tuple(self._config.bands.split(residual))

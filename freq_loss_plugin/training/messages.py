@@ -46,14 +46,13 @@ def describe(
     shown["freq_loss_network_module"] = network_module
     lines = [f"freq_loss {__version__}: {_state(config)} for {model}"]
     lines += [f"  {key} = {value}{_remark(key, config)}" for key, value in shown.items() if _matters(key, config)]
-    memory = f"; {config.batch_history} latents per bucket are kept" if config.batch_history else ""
     balance = (
         "; comparing gradients at the model's output costs about ten plain MSEs more"
         if config.gradient_ratio or config.grad_cosine
         else ""
     )
     if config.enabled:
-        lines.append(f"  cost: {_cost(config)}{memory}{balance}")
+        lines.append(f"  cost: {_cost(config)}{balance}")
     if config.balanced:
         lines.append("  cost of the balance: a few plain MSEs per batch; its weights follow the run, and begin at 1")
     if quality is not None:
@@ -139,8 +138,6 @@ def _matters(key: str, config: FreqLossConfig) -> bool:
         return splits and config.resolved_method == needs_method[key]
     if not config.enabled:
         return key == "freq_loss_network_module" or (key == "freq_loss_method" and splits)
-    if key == "freq_loss_history_decay":
-        return config.batch_history > 0
     if key in ("freq_loss_gradient_ratio", "freq_loss_grad_cosine", "freq_loss_validation"):
         return bool(getattr(config, key.removeprefix(PREFIX)))
     # The guidance token has a line of its own.

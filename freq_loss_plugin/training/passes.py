@@ -35,22 +35,21 @@ class Plan(NamedTuple):
     """At which timesteps a batch trains.
 
     Attributes:
-        stream: names the random stream of the extra pass.
+        stream: names the random stream of the batch, the same in all processes.
+        own_stream: names that of what each process draws for itself.
         extra: the timestep of the extra pass, or None where there is none.
-        timesteps: those of the base pass, on the CPU, shape (B,); None where the trainer draws its own.
+        least: the samples' least timesteps, shape (B,), on the CPU; None where there are none.
+        chooses: whether `FrequencyTerm.choose` decides on the timesteps of the base pass, and not the trainer alone.
         shared: the timestep that the batch shares, or None.
         counted: the samples that the term is computed from, shape (B,), boolean; None where all are.
         has_term: whether the base pass has a frequency term.
     """
 
     stream: str
+    own_stream: str
     extra: int | None = None
-    timesteps: Tensor | None = None
+    least: Tensor | None = None
+    chooses: bool = False
     shared: float | None = None
     counted: Tensor | None = None
     has_term: bool = False
-
-
-def stream_above(plan: Plan, process: int) -> str:
-    """The name of the random stream in which a process draws timesteps of a batch again; see `least_timesteps`."""
-    return f"{plan.stream}:above:{process}"

@@ -2,8 +2,9 @@
 
 A trainer goes through these calls with every batch, and `settle` before every optimizer step:
 
-    plan = term.plan(count, draw)         at which timesteps the batch trains, and whether it has an extra pass
+    plan = term.plan()                    whether the batch has an extra pass, and at which timestep
     term.extra_pass(passed, backward)     unified: what the extra pass returned
+    timesteps = term.choose(draws)        where the plan says so: the timesteps of the base pass
     balanced = term.balance(passed)       what the base loss is computed from
     loss = term.join(passed, base_loss)   what the base pass returned; the loss to propagate
     metrics = term.settle(step)           the numbers; raises where one of them is not finite
@@ -24,16 +25,15 @@ from ..loss.latents import PredictionType, residual_scale
 from ..loss.matching import frequency_matching_loss
 from ..loss.params import FrequencyLoss
 from ..options.config import FreqLossConfig
-from .batch_history import BatchHistory
-from .distributed import sum_over_processes, there_are_several
+from .distributed import Parts, add_nothing, gather_parts, sum_over_processes, there_are_several
 from .gradient_balance import GradientBalance, GradientRatio, base_gradient, detached_term, mse_gradient
-from .least_timesteps import draw_above, raised, several_of
+from .least_timesteps import TimestepPools, raised
 from .loss_balance import Balanced, LossBalance
 from .messages import FractionReport
 from .monitor import StepMetrics, TermMonitor
-from .passes import Pass, Plan, stream_above
+from .passes import Pass, Plan
 from .random_streams import stream_name
-from .timesteps import SampleDistributions, coupled_timesteps, shared_timesteps, unified_timestep
+from .timesteps import Draws, coupled_timesteps, shared_timesteps, unified_timestep
 from .validation import ValidationBands
 
 
@@ -51,7 +51,7 @@ class FrequencyTerm:
     Args:
         config: the options; with ``dist_match`` = 0 nothing is added, and the numbers are those of the base loss.
         prediction_type: what the model predicts; see `freq_loss_plugin.loss.latents`.
-        seed: the seed of the run, on which the timesteps of extra passes depend.
+        seed: the seed of the run, on which the timesteps of extra passes depend; the same in all processes.
         first_batch: how many batches a resumed run has behind it.
         process: the number of this process.
         max_train_steps: the length of the run, where it is known.
@@ -69,9 +69,9 @@ class FrequencyTerm:
     ) -> None:
         self.config, self._prediction_type = config, prediction_type
         self._seed, self._batch, self._process = seed, first_batch, process
-        self._plan = Plan("")
+        self._plan = Plan("", "")
+        self._pools = TimestepPools(f"{stream_name(seed, -1)}:pool")
         self._extra: _Term | None = None
-        self._history = BatchHistory(config) if config.enabled and config.batch_history else None
         self._balance = GradientBalance(config) if GradientBalance.is_wanted(config) else None
         self._loss_balance = LossBalance(config) if config.balanced else None
         self._monitor = TermMonitor()
@@ -79,37 +79,43 @@ class FrequencyTerm:
         self._schedules: dict[torch.device, Tensor] = {}
         self.validation = ValidationBands(config) if config.validation else None
 
-    def plan(
-        self,
-        count: int,
-        draw: Callable[[int], Tensor] | None = None,
-        per_sample: SampleDistributions | None = None,
-        *,
-        least: Tensor | None = None,
-    ) -> Plan:
-        """Decide on the timesteps of the next batch.
+    def plan(self, least: Tensor | None = None) -> Plan:
+        """Begin the next batch.
 
         Args:
-            count: samples in the batch.
-            draw: as in `shared_timesteps`; needed by the mode ``shared`` alone.
-            per_sample: where the samples draw their timesteps from different distributions; see `coupled_timesteps`.
             least: the samples' least timesteps, shape (B,), on the CPU; None where there are none. The term is computed
                 from those samples that may train at its timestep.
         """
         name = stream_name(self._seed, self._batch)
         self._batch += 1
-        if not self.config.enabled:
-            self._plan = Plan(name)
-        elif self.config.timesteps == "unified":
-            self._plan = self._unify_timestep(name, least)
-        elif self.config.timesteps == "shared":
-            assert draw is not None
-            self._plan = self._share_timestep(f"{name}:shared", count, draw, per_sample)
-            if least is not None:
-                self._plan = self._raised(self._plan, least, draw, per_sample)
-        else:
-            self._plan = Plan(name, has_term=True)
+        mode = self.config.timesteps if self.config.enabled else None
+        plan = Plan(name, f"{name}:{self._process}", least=least, chooses=mode == "shared" or least is not None)
+        if mode == "unified":
+            plan = _for_extra_pass(plan, unified_timestep(self.config, name))
+        self._plan = plan._replace(has_term=mode == "own")
         return self._plan
+
+    def choose(self, draws: Draws) -> Tensor:
+        """The timesteps of the base pass, shape (B,): one that the batch shares, and none below its sample's least.
+
+        To be called once where the plan ``chooses``.
+
+        Args:
+            draws: how the trainer draws the timesteps of this batch.
+        """
+        timesteps, plan = draws.own, self._plan
+        if self.config.enabled and self.config.timesteps == "shared":
+            timesteps, plan = self._share(draws)
+        if plan.least is not None:
+            above = self._pools.above(plan.least, draws, f"{plan.own_stream}:above")
+            timesteps = raised(timesteps, plan.least, above)
+        self._plan = plan
+        return timesteps
+
+    @property
+    def has_term(self) -> bool:
+        """Whether the current batch has a frequency term, in a pass of its own or, after `choose`, in the base pass."""
+        return self._plan.has_term or self._plan.extra is not None
 
     def balance(self, passed: Pass) -> Balanced:
         """The prediction and sample weights from which the base loss of a pass is computed; see `LossBalance`."""
@@ -123,7 +129,7 @@ class FrequencyTerm:
         """Take the extra pass of ``unified``, and propagate its term at once, so that one graph is alive at a time."""
         passed = self._of_counted_samples(passed)
         reference = functools.partial(mse_gradient, passed.prediction, passed.target)
-        term = self._weighed(passed, reference, same_pass=False)
+        term = self._weighed(passed, reference, self._gather_parts(passed, has_term=True), same_pass=False)
         if term.loss.total.requires_grad:
             backward(term.loss.total)
         self._extra = _Term(FrequencyLoss(*(number.detach() for number in term.loss)), passed.detached(), term.logs)
@@ -138,12 +144,8 @@ class FrequencyTerm:
         if term is not None:
             if self._balance is not None and self._balance.ratio is not None:
                 self._balance.observe_base(base_gradient(base_loss, passed.prediction))
-        elif self._plan.has_term:
-            reference = functools.partial(base_gradient, base_loss, passed.prediction)
-            term = self._weighed(self._of_counted_samples(passed), reference, same_pass=True)
         else:
-            zero = torch.zeros((), device=base_loss.device)
-            term = _Term(FrequencyLoss(zero, zero, zero), passed)
+            term = self._term_of_base_pass(passed, base_loss)
         logs = dict(term.logs)
         if self._loss_balance is not None:
             logs["balance_unweighted"] = F.mse_loss(passed.prediction.detach().float(), passed.target.detach().float())
@@ -184,7 +186,7 @@ class FrequencyTerm:
         return bool(self._kept())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The batch history and the averages of the gradient ratio, on the CPU, by name."""
+        """The averages of the gradient ratio and of the balance, on the CPU, by name."""
         return {
             f"{part}.{key}": value for part, kept in self._kept().items() for key, value in kept.state_dict().items()
         }
@@ -194,46 +196,51 @@ class FrequencyTerm:
         missing = []
         for part, kept in self._kept().items():
             own = {key.partition(".")[2]: value for key, value in state.items() if key.partition(".")[0] == part}
-            if own:
-                kept.load_state_dict(own)
-            else:
+            if not own or not kept.load_state_dict(own):
                 missing.append(part)
         return missing
 
-    def _kept(self) -> dict[str, BatchHistory | GradientRatio | LossBalance]:
+    def _kept(self) -> dict[str, GradientRatio | LossBalance]:
         ratio = self._balance.ratio if self._balance is not None else None
-        parts = {"batch_history": self._history, "gradient_ratio": ratio, "balance": self._loss_balance}
+        parts = {"gradient_ratio": ratio, "balance": self._loss_balance}
         return {name: part for name, part in parts.items() if part is not None}
 
-    def _unify_timestep(self, name: str, least: Tensor | None) -> Plan:
-        plan = Plan(name, extra=unified_timestep(self.config, name))
-        if least is None or plan.extra is None:
-            return plan
-        plan = plan._replace(counted=least <= plan.extra)
-        return plan if _takes_part(plan) else plan._replace(extra=None)
+    def _share(self, draws: Draws) -> tuple[Tensor, Plan]:
+        """Timesteps of a batch that shares one in the window, before any is raised, and the plan with their term."""
+        plan, stream = self._plan, f"{self._plan.stream}:shared"
+        counted = None
+        if draws.per_sample is None:
+            timesteps, shared = shared_timesteps(draws.draw, len(draws.own), self.config, stream, self._process)
+        else:
+            timesteps, shared, counted = coupled_timesteps(
+                draws.draw, draws.per_sample, self.config, stream, self._process
+            )
+        if plan.least is not None and shared is not None:
+            may = plan.least <= shared
+            counted = may if counted is None else may & counted
+        plan = plan._replace(shared=shared, counted=counted)
+        return timesteps, plan._replace(has_term=shared is not None and _takes_part(plan))
 
-    def _share_timestep(
-        self, name: str, count: int, draw: Callable[[int], Tensor], per_sample: SampleDistributions | None
-    ) -> Plan:
-        if per_sample is None:
-            timesteps, shared = shared_timesteps(draw, count, self.config, name, self._process)
-            return Plan(name, timesteps=timesteps, shared=shared, has_term=shared is not None)
-        timesteps, shared, counted = coupled_timesteps(draw, per_sample, self.config, name, self._process)
-        return Plan(name, timesteps=timesteps, shared=shared, counted=counted, has_term=shared is not None)
+    def _term_of_base_pass(self, passed: Pass, base_loss: Tensor) -> _Term:
+        """The term of the base pass; 0 where it has none, which other processes may have nevertheless."""
+        zero = torch.zeros((), device=base_loss.device)
+        nothing = _Term(FrequencyLoss(zero, zero, zero), passed)
+        if not self.config.enabled or self.config.timesteps == "unified":
+            return nothing
+        parts = self._gather_parts(passed, has_term=self._plan.has_term)
+        if self._plan.has_term:
+            reference = functools.partial(base_gradient, base_loss, passed.prediction)
+            return self._weighed(self._of_counted_samples(passed), reference, parts, same_pass=True)
+        if parts.shapes:
+            dtype = torch.promote_types(passed.prediction.dtype, torch.float32)
+            add_nothing(parts, passed.prediction.new_empty((), dtype=dtype))
+            if self._balance is not None:
+                self._balance.observe_nothing(passed.prediction.device)
+        return nothing
 
-    def _raised(
-        self, plan: Plan, least: Tensor, draw: Callable[[int], Tensor], per_sample: SampleDistributions | None
-    ) -> Plan:
-        """A plan of ``shared`` whose samples train at their least timesteps or above."""
-        assert plan.timesteps is not None
-        redraw = several_of(draw, len(least)) if per_sample is None else lambda: per_sample.draw()[None]
-        above = draw_above(redraw, least, stream_above(plan, self._process))
-        plan = plan._replace(timesteps=raised(plan.timesteps, least, above))
-        if plan.shared is None:
-            return plan
-        may = least <= plan.shared
-        plan = plan._replace(counted=may if plan.counted is None else may & plan.counted)
-        return plan._replace(has_term=_takes_part(plan))
+    @staticmethod
+    def _gather_parts(passed: Pass, *, has_term: bool) -> Parts:
+        return gather_parts(passed.prediction.shape[1:], len(passed.prediction) if has_term else 0)
 
     def _of_counted_samples(self, passed: Pass) -> Pass:
         """The pass at the timestep of its term; samples that this is not computed from weigh 0."""
@@ -244,11 +251,12 @@ class FrequencyTerm:
         timesteps = passed.timesteps if self._plan.shared is None else self._plan.shared
         return passed._replace(timesteps=timesteps, sample_weights=weights)
 
-    def _weighed(self, passed: Pass, reference: Callable[[], Tensor], *, same_pass: bool) -> _Term:
+    def _weighed(self, passed: Pass, reference: Callable[[], Tensor], parts: Parts, *, same_pass: bool) -> _Term:
         """The term of a pass, weighed against the gradient ``reference`` where the options ask for that."""
+        mean = self.config.reduction == "mean"
 
         def loss_of(prediction: Tensor) -> FrequencyLoss:
-            return self._loss(passed, prediction, functools.partial(self._combine, samples=len(prediction)))
+            return self._loss(passed, prediction, lambda difference: sum_over_processes(difference, parts, mean=mean))
 
         if self._balance is None:
             return _Term(loss_of(passed.prediction), passed)
@@ -272,12 +280,6 @@ class FrequencyTerm:
             combine=combine,
         )
 
-    def _combine(self, difference: Tensor, samples: int) -> Tensor:
-        """D of this process and batch, joined with that of the other processes and of the batches before it."""
-        if self.config.scope == "global" and there_are_several():
-            difference = sum_over_processes(difference, samples, mean=self.config.reduction == "mean")
-        return difference if self._history is None else self._history.join(difference)
-
     def _schedule(self, passed: Pass) -> Tensor | None:
         """alpha_bar where the timesteps are, so that looking it up moves nothing between devices in a step."""
         if passed.alphas_cumprod is None:
@@ -287,6 +289,14 @@ class FrequencyTerm:
         if device not in self._schedules:
             self._schedules[device] = passed.alphas_cumprod.detach().to(device=device, dtype=torch.float32)
         return self._schedules[device]
+
+
+def _for_extra_pass(plan: Plan, timestep: int) -> Plan:
+    """A plan with an extra pass, where some of the samples may train at its timestep."""
+    if plan.least is None:
+        return plan._replace(extra=timestep)
+    plan = plan._replace(counted=plan.least <= timestep)
+    return plan._replace(extra=timestep) if _takes_part(plan) else plan
 
 
 def _takes_part(plan: Plan) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,10 +24,39 @@ class SampleDistributions(NamedTuple):
         draw: one timestep for each sample, from its own distribution, shape (B,), on the CPU and the scale 0..1000.
         density_ratio: for one timestep per sample, shape (B,), the density of the sample's own distribution over that
             of the base distribution, float64.
+        kinds: names each sample's distribution, B of them.
+        draw_kind: for one of these, n timesteps from it, shape (n,).
     """
 
     draw: Callable[[], Tensor]
     density_ratio: Callable[[Tensor], Tensor]
+    kinds: Sequence[Hashable]
+    draw_kind: Callable[[Hashable, int], Tensor]
+
+
+class Draws(NamedTuple):
+    """How a trainer draws the timesteps of a batch, all on the scale 0..1000.
+
+    Attributes:
+        own: those that it drew for this batch, shape (B,), on its device.
+        draw: n timesteps from the base distribution, shape (n,), on the CPU, from torch's default generator.
+        size: the size of the latents, (H, W) or (T, H, W), on which the base distribution may depend.
+        per_sample: the samples' distributions where they differ from the base one.
+    """
+
+    own: Tensor
+    draw: Callable[[int], Tensor]
+    size: tuple[int, ...] = ()
+    per_sample: SampleDistributions | None = None
+
+    @property
+    def kinds(self) -> Sequence[Hashable]:
+        """Names each sample's distribution, B of them."""
+        return [None] * len(self.own) if self.per_sample is None else self.per_sample.kinds
+
+    def of_kind(self, kind: Hashable) -> Callable[[int], Tensor]:
+        """How n timesteps are drawn from one of these."""
+        return self.draw if self.per_sample is None else functools.partial(self.per_sample.draw_kind, kind)
 
 
 def unified_timestep(config: FreqLossConfig, stream: str) -> int:

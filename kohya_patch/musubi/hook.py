@@ -1,11 +1,12 @@
 """The loss hook in musubi-tuner. The order of calls in one step:
 
     process_batch                            the trainer's own
-      FrequencyTerm.plan                     shared: while the trainer's pass draws its timesteps
+      FrequencyTerm.plan
       get_noisy_model_input_and_timesteps    unified only: first at one t for the batch, in a random stream of its own
       call_dit
         FrequencyTerm.extra_pass             propagated at once, so that the graph of one pass is alive at a time
-      get_noisy_model_input_and_timesteps    the trainer's own pass; no image below its least timestep
+      get_noisy_model_input_and_timesteps    the trainer's own pass
+        FrequencyTerm.choose                   shared, image quality: the timesteps, not those that the trainer drew
       call_dit
         FrequencyTerm.balance                its prediction, filtered
       compute_loss                           the trainer's own
@@ -20,7 +21,6 @@ Latents of videos have shape (B, C, T, H, W), those of Kandinsky (B, T, C, H, W)
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -29,14 +29,13 @@ from torch import Tensor
 
 from freq_loss_plugin import FreqLossConfig
 from freq_loss_plugin.training.loss_balance import Balanced
-from freq_loss_plugin.training.passes import Pass, Plan, stream_above
+from freq_loss_plugin.training.passes import Pass, Plan
 from freq_loss_plugin.training.random_streams import separate_random_stream
 
 from ..hook import Hook
 from ..host import UnsupportedTrainerError
 from ..image_quality import ImageQuality
 from ..protocols import Handle
-from ..runs import process_index
 from . import timesteps
 from .trainers import TrainingRun
 
@@ -57,10 +56,8 @@ class LossHook(Hook):
         self, run: TrainingRun, config: FreqLossConfig, network_module: str, quality: ImageQuality | None = None
     ) -> None:
         super().__init__(run, config, network_module, quality)
-        self._shares = config.enabled and config.timesteps == "shared"
-        # Of the current batch: whether its own pass is being made, its least timesteps, its plan, and what came of it.
+        # Of the current batch: whether its own pass is being made, its plan, and what came of it.
         self._is_base_pass = False
-        self._least: Tensor | None = None
         self._plan: Plan | None = None
         self._passed: Pass | None = None
         self._step_has_ended = False
@@ -95,11 +92,10 @@ class LossHook(Hook):
             self.uninstall()  # the trainer object is now used for another run
             return process_batch(*arguments, **named)
         self._begin_batch(call["accelerator"])
-        self._least = None if self._quality is None else self._quality.least_of(call["batch"])
-        if not self._shares:
-            self._plan = self.term.plan(len(call["latents"]), least=self._least)
-            if self._plan.extra is not None:
-                self._extra_pass(call, self._plan)
+        least = None if self._quality is None else self._quality.least_of(call["batch"])
+        self._plan = self.term.plan(least)
+        if self._plan.extra is not None:
+            self._extra_pass(call, self._plan)
         self._is_base_pass = True
         try:
             base_loss, metrics = process_batch(*arguments, **named)
@@ -115,14 +111,10 @@ class LossHook(Hook):
 
     def _get_noisy_model_input_and_timesteps(self, *arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
         method = self._methods.original(_NOISY)
-        if not self._is_base_pass or not (self._shares or self._least is not None):
+        if not self._is_base_pass or self._plan is None or not self._plan.chooses:
             return method(*arguments, **named)
         given = self._methods.bind(_NOISY, *arguments, **named).arguments
-        if self._shares:
-            return timesteps.chosen(method, given, functools.partial(self.term.plan, least=self._least))
-        assert self._least is not None
-        assert self._plan is not None
-        return timesteps.above(method, given, self._least, stream_above(self._plan, process_index()))
+        return timesteps.chosen(method, given, self.term.choose, self._plan.own_stream)
 
     def _call_dit(self, *arguments: Any, **named: Any) -> Any:
         output = self._methods.original(_PASS)(*arguments, **named)
@@ -136,7 +128,7 @@ class LossHook(Hook):
     def _extra_pass(self, call: dict[str, Any], plan: Plan) -> None:
         assert plan.extra is not None
         accelerator, latents = call["accelerator"], call["latents"]
-        with separate_random_stream(f"{plan.stream}:{accelerator.process_index}", accelerator.device):
+        with separate_random_stream(plan.own_stream, accelerator.device):
             noise = torch.randn_like(latents)
             given = {"args": self._args, "noise": noise, "latents": latents, "timesteps": None}
             given |= {"noise_scheduler": call["noise_scheduler"], "device": accelerator.device}

@@ -1,4 +1,4 @@
-"""Asks a trainer of musubi-tuner for timesteps: one for a batch, those chosen for its samples, or none below a least.
+"""Asks a trainer of musubi-tuner for timesteps: one for a batch, or those chosen for its samples.
 
 A trainer draws t and mixes ``(1 - t)·latents + t·noise`` in one method, which is called for all of this: on the CPU and
 with empty latents for draws, and for chosen timesteps with ``min_timestep`` = ``max_timestep``, which may be tensors.
@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from freq_loss_plugin.training.least_timesteps import draw_above, several_of
-from freq_loss_plugin.training.passes import Plan
 from freq_loss_plugin.training.random_streams import separate_random_stream
+from freq_loss_plugin.training.timesteps import Draws
 
+from ..empty_latents import EmptyLatents
 from .host import MUSUBI, SCHEDULED
 
 _CPU = torch.device("cpu")
@@ -73,40 +73,26 @@ def check(trainer: Any, args: argparse.Namespace) -> None:
             raise MUSUBI.unsupported(type(trainer), looked_for, str(found.tolist()))
 
 
-def chosen(
-    method: Draw, given: Given, make_plan: Callable[[int, Callable[[int], Tensor]], Plan]
-) -> tuple[Tensor, Tensor]:
-    """Noisy latents and timesteps where ``make_plan`` decides; what the trainer itself would draw is drawn, too."""
-    plan = make_plan(len(given["latents"]), lambda count: draw(method, given, count))
-    assert plan.timesteps is not None
-    # For its random numbers alone, so on one channel.
-    method(**{**given, "noise": given["noise"][:, :1], "latents": given["latents"][:, :1]})
-    noisy, returned, _ = at(method, given, plan.timesteps, plan.stream)
-    return noisy, _as_returned(returned, given)
-
-
-def above(method: Draw, given: Given, least: Tensor, stream: str) -> tuple[Tensor, Tensor]:
-    """What the trainer draws, for samples below their least timestep replaced by the same at a timestep above it.
+def chosen(method: Draw, given: Given, choose: Callable[[Draws], Tensor], stream: str) -> tuple[Tensor, Tensor]:
+    """Noisy latents and timesteps where ``choose`` decides; what the trainer itself would draw is drawn, too.
 
     Args:
         method: as in `at`.
         given: as in `at`.
-        least: the least timesteps, shape (B,), on the CPU and the scale 0..1000.
-        stream: names the random stream in which timesteps are drawn again.
+        choose: `FrequencyTerm.choose`.
+        stream: names the random stream of what this process draws besides.
     """
-    noisy, returned = method(**given)
-    instead = draw_above(several_of(lambda count: draw(method, given, count), len(least)), least, stream)
-    noisy_above, returned_above, _ = at(method, given, instead, stream)
-    device = returned.device
-    below = on_scale(returned, given["args"]) < least.to(device, non_blocking=True)
-    returned = torch.where(below, _as_returned(returned_above, given).to(returned.dtype), returned)
-    shape = (-1, *(1,) * (noisy.ndim - 1))
-    return torch.where(below.view(shape), noisy_above.to(noisy.dtype), noisy), returned
+    small = {**given, "noise": given["noise"][:, :1], "latents": given["latents"][:, :1]}
+    own_noisy, own = method(**small)
+    size = tuple(given["latents"].shape[2:])
+    draws = Draws(on_scale(own, given["args"]), lambda count: draw(method, given, count), size)
+    noisy, returned, _ = at(method, given, choose(draws), stream)
+    return noisy.to(own_noisy.dtype), _as_returned(returned, given).to(own.dtype)
 
 
 def draw(method: Draw, given: Given, count: int) -> Tensor:
     """``count`` of the timesteps that a trainer draws, shape (count,), on the CPU and the scale 0..1000."""
-    empty = torch.zeros(count, 1, *given["latents"].shape[2:])
+    empty = EmptyLatents.of(count, given["latents"].shape[2:])
     changed = {"noise": empty, "latents": empty, "timesteps": None, "device": _CPU}
     return on_scale(method(**{**given, **changed})[1], given["args"])
 

@@ -3,10 +3,11 @@
 The order of calls in one step:
 
     process_batch                  the trainer's own
-      FrequencyTerm.plan           shared: while the trainer's pass draws its timesteps
+      FrequencyTerm.plan
       get_noise_pred_and_target    unified only: first at one t for the batch, in a random stream of its own
         FrequencyTerm.extra_pass     propagated at once, so that the graph of one pass is alive at a time
-      get_noise_pred_and_target    the trainer's own pass; no image below its least timestep
+      get_noise_pred_and_target    the trainer's own pass
+        FrequencyTerm.choose         shared, image quality: the timesteps, in place of those that the trainer drew
     FrequencyTerm.join             base loss + term; of a unified term only the value is left
     (backward, by sd-scripts)
     all_reduce_network             before it, FrequencyTerm.settle: stop if the term was not finite
@@ -29,12 +30,11 @@ from torch import Tensor
 from freq_loss_plugin import FreqLossConfig
 from freq_loss_plugin.guidance_token import features as guidance
 from freq_loss_plugin.training.loss_balance import Balanced
-from freq_loss_plugin.training.passes import Pass, Plan, stream_above
+from freq_loss_plugin.training.passes import Pass, Plan
 
 from ..hook import Hook
 from ..host import UnsupportedTrainerError
 from ..image_quality import ImageQuality
-from ..runs import process_index
 from .batch import BatchReader
 from .guidance import TokenGuidance
 from .passes import TimestepPasses
@@ -135,16 +135,13 @@ class LossHook(Hook):
         """The trainer's own pass of a training batch, which it leaves in ``_passed``."""
         forward = self._methods.original(_PASS)
         least = None if self._quality is None else self._quality.least_of(batch["batch"])
-        if self._config.enabled and self._config.timesteps == "shared":
-            results = self._passes.shared(forward, call, functools.partial(self.term.plan, least=least))
+        plan = self.term.plan(least)
+        if plan.extra is not None:
+            self._extra_pass(call, batch, plan)
+        if plan.chooses:
+            results = self._passes.chosen(forward, call, self.term.choose, plan.own_stream)
         else:
-            plan = self.term.plan(len(call.arguments["latents"]), least=least)
-            if plan.extra is not None:
-                self._extra_pass(call, batch, plan)
-            if least is None:
-                results = forward(*call.args, **call.kwargs)
-            else:
-                results = self._passes.above(forward, call, least, stream_above(plan, process_index()))
+            results = forward(*call.args, **call.kwargs)
         self._passed = self._batches.read(batch, results)
         self._balanced = self.term.balance(self._passed)
         return (self._balanced.prediction, *results[1:])

@@ -1,6 +1,6 @@
 """The trainer's own forward passes at timesteps of this project's choice.
 
-Those are unified's extra pass, shared's pass, and that of a batch with images that train only above a noise level.
+Those are unified's extra pass, and the pass of a batch that shares a timestep or has images with a least timestep.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ from torch import Tensor
 from freq_loss_plugin import FreqLossConfig
 from freq_loss_plugin.training.passes import Plan
 from freq_loss_plugin.training.random_streams import separate_random_stream
-from freq_loss_plugin.training.timesteps import SampleDistributions
 
 from ..host import UnsupportedTrainerError
 from ..protocols import Accelerator
 from . import host
 from .host import SD_SCRIPTS
-from .timesteps import TimestepChoice, at_one_timestep
+from .timesteps import Choose, TimestepChoice, at_one_timestep
 from .trainers import TrainingRun
 
 # sd-scripts casts its timesteps to the training dtype; bfloat16 has steps of 4 in 512..1000.
@@ -68,74 +67,44 @@ class TimestepPasses:
         assert plan.extra is not None
         pinned = {**call.arguments, "args": at_one_timestep(call.arguments["args"], plan.extra)}
         extra = inspect.BoundArguments(call.signature, pinned)
-        with separate_random_stream(f"{plan.stream}:{accelerator.process_index}", accelerator.device):
+        with separate_random_stream(plan.own_stream, accelerator.device):
             results = forward(*extra.args, **extra.kwargs)
-        self._check_timesteps(results[2], [plan.extra] * len(results[2]))
+        self._check_timesteps(results[2], plan.extra)
         return results
 
-    def shared(self, forward: Callable[..., Any], call: inspect.BoundArguments, make_plan: Callable[..., Plan]) -> Any:
-        """The trainer's pass, at one timestep inside the window for the batch, or at several outside it.
+    def chosen(self, forward: Callable[..., Any], call: inspect.BoundArguments, choose: Choose, stream: str) -> Any:
+        """The trainer's pass at chosen timesteps.
 
         Args:
             forward: as in `extra`.
             call: as in `extra`.
-            make_plan: `FrequencyTerm.plan`.
+            choose: `FrequencyTerm.choose`.
+            stream: names the random stream of what this process draws besides.
 
         Returns:
             What the trainer's method returned.
 
         Raises:
-            UnsupportedTrainerError: the trainer did not draw its timesteps once, or did not use those of the plan.
+            UnsupportedTrainerError: the trainer did not draw its timesteps once, or did not use those that were chosen.
         """
         assert self._choice is not None
-        chosen: list[Tensor] = []
-
-        def choose(draw: Callable[[int], Tensor], count: int, per_sample: SampleDistributions | None) -> Tensor:
-            timesteps = make_plan(count, draw, per_sample).timesteps
-            assert timesteps is not None
-            chosen.append(timesteps)
-            return timesteps
-
-        with self._choice.made_by(choose):
+        with self._choice.made_by(choose, stream) as chosen:
             results = forward(*call.args, **call.kwargs)
         if len(chosen) != 1:
             raise SD_SCRIPTS.unsupported(self._trainer, f"one call of {self._choice.name} in a pass", str(len(chosen)))
-        self._check_timesteps(results[2], chosen[0].tolist())
+        self._check_timesteps(results[2], chosen[0])
         return results
 
-    def above(self, forward: Callable[..., Any], call: inspect.BoundArguments, least: Tensor, stream: str) -> Any:
-        """The trainer's pass, where no sample is below its least timestep.
-
-        Args:
-            forward: as in `extra`.
-            call: as in `extra`.
-            least: the least timesteps, shape (B,), on the CPU and the scale 0..1000.
-            stream: names the random stream in which timesteps are drawn again.
-
-        Returns:
-            What the trainer's method returned.
-
-        Raises:
-            UnsupportedTrainerError: the trainer did not draw its timesteps once, or uses others.
-        """
-        assert self._choice is not None
-        with self._choice.above(least, stream) as calls:
-            results = forward(*call.args, **call.kwargs)
-        if len(calls) != 1:
-            raise SD_SCRIPTS.unsupported(self._trainer, f"one call of {self._choice.name} in a pass", str(len(calls)))
-        if not self._timesteps_were_checked:
-            used = (results[2].detach().float() * self._family.timestep_scale).flatten().cpu()
-            self._check_timesteps(results[2], torch.maximum(used, least.float()).tolist())
-        return results
-
-    def _check_timesteps(self, returned: Tensor, asked: list[float]) -> None:
+    def _check_timesteps(self, returned: Tensor, asked: Tensor | int) -> None:
         """Once in a run: did the trainer really use the timesteps that it was asked for?"""
         if self._timesteps_were_checked:
             return
-        used = (returned.detach().float() * self._family.timestep_scale).flatten().tolist()
-        if any(abs(one - other) > _TIMESTEP_TOLERANCE for one, other in zip(used, asked, strict=True)):
+        used = (returned.detach().float() * self._family.timestep_scale).flatten().cpu()
+        wanted = torch.as_tensor(asked, dtype=torch.float32).cpu().expand(len(used))
+        if ((used - wanted).abs() > _TIMESTEP_TOLERANCE).any():
             raise UnsupportedTrainerError(
-                f"asked {self._trainer.__name__} for timesteps {asked}, and got {used}: this sd-scripts draws "
-                "its timesteps in a way that kohya_patch does not know; set freq_loss_timesteps = 'own'"
+                f"asked {self._trainer.__name__} for timesteps {wanted.tolist()}, and got {used.tolist()}: this "
+                "sd-scripts draws its timesteps in a way that kohya_patch does not know; set freq_loss_timesteps = "
+                "'own' and freq_loss_image_quality = 'off'"
             )
         self._timesteps_were_checked = True

@@ -1,4 +1,4 @@
-"""Asks a trainer of sd-scripts for timesteps: one for a batch, those chosen for its samples, or none below a least.
+"""Asks a trainer of sd-scripts for timesteps: one for a batch, or those chosen for its samples.
 
 In dev versions of sd-scripts a subset of images can ask for an offset (``timestep_sampling = { offset = -0.5 }``), by
 which FLUX and Anima draw its timesteps from another distribution; see
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,18 +19,17 @@ import torch
 from torch import Tensor
 
 from freq_loss_plugin.loss.latents import NUM_TRAIN_TIMESTEPS
-from freq_loss_plugin.training.least_timesteps import draw_above, raised, several_of
 from freq_loss_plugin.training.random_streams import separate_random_stream
-from freq_loss_plugin.training.timesteps import SampleDistributions
+from freq_loss_plugin.training.timesteps import Draws, SampleDistributions
 
+from ..empty_latents import EmptyLatents
 from ..host import CalledFunction
 from .host import OFFSET, OFFSET_SAMPLINGS, TrainerKind
 
 _CPU = torch.device("cpu")
 
-# Chooses the timesteps of a batch, shape (B,), on the scale 0..1000; is given how the trainer draws n of them on the
-# CPU, B, and the samples' own distributions where they differ from that.
-Choose = Callable[[Callable[[int], Tensor], int, SampleDistributions | None], Tensor]
+# Chooses the timesteps of a batch, shape (B,), on the scale 0..1000.
+Choose = Callable[[Draws], Tensor]
 
 
 def at_one_timestep(args: argparse.Namespace, timestep: int) -> argparse.Namespace:
@@ -56,8 +56,9 @@ def at_one_timestep(args: argparse.Namespace, timestep: int) -> argparse.Namespa
 class TimestepChoice:
     """Makes a trainer's passes use chosen timesteps.
 
-    The trainer's own drawing function is called for the draws, on the CPU and with empty latents of one channel, and
-    once more for its result, so that what is drawn after it stays the same.
+    The trainer's own drawing function is called with latents of one channel for what it would draw by itself, and once
+    more, in a random stream of its own, for the result at the chosen timesteps. So its random numbers are used up as
+    ever, and a sample that keeps its timestep also keeps its noise.
 
     Args:
         kind: how the trainer's model predicts.
@@ -70,111 +71,84 @@ class TimestepChoice:
         self.name = drawing.name
 
     @contextmanager
-    def made_by(self, choose: Choose) -> Iterator[None]:
-        """As long as this lasts, ``choose`` decides; it is called once in each pass."""
+    def made_by(self, choose: Choose, stream: str) -> Iterator[list[Tensor]]:
+        """As long as this lasts, ``choose`` decides; yields what it chose, one entry for each call.
+
+        Args:
+            choose: is called once in each pass.
+            stream: names the random stream of what else the trainer draws then.
+        """
         original = self._drawing.function
+        chosen: list[Tensor] = []
 
         def draw_chosen(*arguments: Any, **named: Any) -> Any:
             given = self._signature.bind(*arguments, **named).arguments
             if self._kind == "scheduler":
-                return _choose_from_schedule(original, given, choose)
-            return _choose_noise_levels(self._kind, original, given, choose)
+                chosen.append(choose(_schedule_draws(original, given)))
+                return chosen[-1].to(given["device"], non_blocking=True)
+            own = original(**_small(given))
+            chosen.append(choose(_noise_level_draws(original, given, own)))
+            return _at_noise_levels(self._kind, original, given, own, chosen[-1], stream)
 
         with self._drawing.replaced_by(draw_chosen):
-            yield
-
-    @contextmanager
-    def above(self, least: Tensor, stream: str) -> Iterator[list[str]]:
-        """As long as this lasts, timesteps below ``least``, shape (B,), are drawn again; yields the calls made."""
-        original = self._drawing.function
-        calls: list[str] = []
-
-        def draw_above_least(*arguments: Any, **named: Any) -> Any:
-            calls.append(self.name)
-            given = self._signature.bind(*arguments, **named).arguments
-            if self._kind == "scheduler":
-                return _raise_in_schedule(original, given, least, stream)
-            return _raise_noise_levels(self._kind, original, given, least, stream)
-
-        with self._drawing.replaced_by(draw_above_least):
-            yield calls
+            yield chosen
 
 
-def _raise_in_schedule(original: Callable[..., Tensor], given: dict[str, Any], least: Tensor, stream: str) -> Tensor:
-    timesteps = original(**given)
-    draw = several_of(lambda count: original(**{**given, "b_size": count, "device": _CPU}), len(least))
-    return raised(timesteps, least, draw_above(draw, least, stream))
+def _schedule_draws(original: Callable[..., Tensor], given: dict[str, Any]) -> Draws:
+    def draw(count: int) -> Tensor:
+        return original(**{**given, "b_size": count, "device": _CPU})
+
+    return Draws(original(**given), draw)
 
 
-def _raise_noise_levels(
-    kind: TrainerKind, original: Callable[..., Any], given: dict[str, Any], least: Tensor, stream: str
-) -> tuple[Tensor | None, ...]:
-    """What the trainer drew, for samples below their least timestep replaced by the same at a timestep above it."""
-    drawn: tuple[Any, ...] = original(**given)
-    draw, per_sample = _draws(original, given)
-    redraw = several_of(draw, len(least)) if per_sample is None else lambda: per_sample.draw()[None]
-    above = draw_above(redraw, least, stream)
-    fixed = _at_noise_levels(kind, given["args"], above, given["device"])
-    with separate_random_stream(f"{stream}:noise", torch.device(given["device"])):
-        replaced: tuple[Any, ...] = original(**{**_without_offsets(given), "args": fixed})
-    below = drawn[1] < least.to(drawn[1].device, non_blocking=True)
-    # Early versions return no sigma but where ``timestep_sampling`` is "sigma", which the replacement's is not.
-    sigma = (above.float() / NUM_TRAIN_TIMESTEPS).to(below.device, non_blocking=True)
-
-    def choose(one: Tensor | None, other: Tensor | None) -> Tensor | None:
-        if one is None:
-            return None
-        shape = (-1, *(1,) * (one.ndim - 1))
-        return torch.where(below.view(shape), sigma.view(shape).to(one.dtype) if other is None else other, one)
-
-    return tuple(map(choose, drawn, replaced))
-
-
-def _choose_from_schedule(original: Callable[..., Tensor], given: dict[str, Any], choose: Choose) -> Tensor:
-    timesteps = choose(lambda count: original(**{**given, "b_size": count, "device": _CPU}), given["b_size"], None)
-    original(**given)
-    return timesteps.to(given["device"], non_blocking=True)
-
-
-def _choose_noise_levels(
-    kind: TrainerKind, original: Callable[..., Any], given: dict[str, Any], choose: Choose
-) -> tuple[Tensor, ...]:
-    """SD3 and the flow trainers calculate with their arguments, which may be tensors (see `at_one_timestep`)."""
-    draw, per_sample = _draws(original, given)
-    timesteps = choose(draw, len(given["latents"]), per_sample)
-    fixed = _at_noise_levels(kind, given["args"], timesteps, given["device"])
-    result: tuple[Tensor, ...] = original(**{**_without_offsets(given), "args": fixed})
-    return result
-
-
-def _draws(
-    original: Callable[..., Any], given: dict[str, Any]
-) -> tuple[Callable[[int], Tensor], SampleDistributions | None]:
-    """How the trainer draws timesteps, and the samples' own distributions where they differ from that."""
-    args, shape, offsets = given["args"], given["latents"].shape[2:], given.get(OFFSET)
+def _noise_level_draws(original: Callable[..., Any], given: dict[str, Any], own: tuple[Tensor | None, ...]) -> Draws:
+    args, size, offsets = given["args"], tuple(given["latents"].shape[2:]), given.get(OFFSET)
 
     def draw(count: int, **changes: Any) -> Tensor:
-        empty = torch.zeros(count, 1, *shape)
+        empty = EmptyLatents.of(count, size)
         small = {"latents": empty, "noise": empty, "device": _CPU, "dtype": torch.float32}
         timesteps: Tensor = original(**{**_without_offsets(given), **small, **changes})[1]
         return timesteps
 
-    return draw, None if offsets is None else _with_offsets(draw, args, offsets.double().cpu())
+    timesteps = own[1]
+    assert timesteps is not None
+    return Draws(timesteps, draw, size, None if offsets is None else _with_offsets(draw, args, offsets.double().cpu()))
+
+
+def _small(given: dict[str, Any]) -> dict[str, Any]:
+    """The same with one channel of the latents, and timesteps that are not rounded to the dtype of the training."""
+    return {**given, "latents": given["latents"][:, :1], "noise": given["noise"][:, :1], "dtype": torch.float32}
+
+
+def _at_noise_levels(
+    kind: TrainerKind,
+    original: Callable[..., Any],
+    given: dict[str, Any],
+    own: tuple[Tensor | None, ...],
+    timesteps: Tensor,
+    stream: str,
+) -> tuple[Tensor | None, ...]:
+    """What the trainer's function returns at these timesteps; it calculates with its arguments, which may be tensors.
+
+    Early versions return no sigma but where ``timestep_sampling`` is "sigma", and have "shift" for this.
+    """
+    device = torch.device(given["device"])
+    fixed = copy.copy(given["args"])
+    sigma = (timesteps.float() / NUM_TRAIN_TIMESTEPS).to(device, non_blocking=True)
+    if kind == "sample":
+        fixed.min_timestep = fixed.max_timestep = timesteps.long()
+    else:
+        within = sigma.clamp(max=1 - 1e-6)
+        _fix_sigma(fixed, within / (1 - within))
+    with separate_random_stream(f"{stream}:noisy", device):
+        noisy, returned, sigmas = original(**{**_without_offsets(given), "args": fixed})
+    if own[2] is not None and sigmas is None:
+        sigmas = sigma.view(own[2].shape).to(given["dtype"])
+    return noisy, returned, None if own[2] is None else sigmas
 
 
 def _without_offsets(given: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name != OFFSET}
-
-
-def _at_noise_levels(kind: TrainerKind, args: argparse.Namespace, timesteps: Tensor, device: Any) -> argparse.Namespace:
-    """A copy of ``args`` with which each sample of the batch gets its own timestep, those of shape (B,)."""
-    fixed = copy.copy(args)
-    if kind == "sample":
-        fixed.min_timestep = fixed.max_timestep = timesteps.long()
-    else:
-        sigma = (timesteps.float() / NUM_TRAIN_TIMESTEPS).clamp(max=1 - 1e-6)
-        _fix_sigma(fixed, (sigma / (1 - sigma)).to(device, non_blocking=True))
-    return fixed
 
 
 def _with_offsets(draw: Callable[..., Tensor], args: argparse.Namespace, offsets: Tensor) -> SampleDistributions | None:
@@ -190,14 +164,21 @@ def _with_offsets(draw: Callable[..., Tensor], args: argparse.Namespace, offsets
     def logit(timesteps: Tensor) -> Tensor:
         return torch.logit(timesteps.double() / NUM_TRAIN_TIMESTEPS, eps=1e-7)
 
-    with separate_random_stream("constant", _CPU):  # leaves the trainer's own random numbers alone
-        constant = logit(draw(1, args=unscaled))
+    @functools.cache
+    def constant() -> Tensor:
+        with separate_random_stream("constant", _CPU):  # leaves the trainer's own random numbers alone
+            return logit(draw(1, args=unscaled))
 
     def density_ratio(timesteps: Tensor) -> Tensor:
-        normal = (logit(timesteps) - constant) / scale
+        normal = (logit(timesteps) - constant()) / scale
         return torch.exp(offsets * normal - offsets**2 / 2)
 
-    return SampleDistributions(lambda: draw(len(offsets), **{OFFSET: offsets}), density_ratio)
+    def draw_kind(offset: Any, count: int) -> Tensor:
+        return draw(count, **{OFFSET: torch.full((count,), offset, dtype=torch.float64)})
+
+    return SampleDistributions(
+        lambda: draw(len(offsets), **{OFFSET: offsets}), density_ratio, offsets.tolist(), draw_kind
+    )
 
 
 def _fix_sigma(args: argparse.Namespace, shift: Tensor | float) -> None:
