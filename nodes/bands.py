@@ -114,8 +114,9 @@ class BandOperation(io.ComfyNode):
             node_id="FreqLoss_BandOperation",
             display_name="Frequency Band Operation",
             description="Scales the low and the high band of whatever it is applied to. For the core nodes "
-            "LatentApplyOperation (a latent) and LatentApplyOperationCFG (the guidance, in every sampling step).",
-            search_aliases=["latent operation", "sharpen", "detail", "wavelet"],
+            "LatentApplyOperation (a latent) and LatentApplyOperationCFG (the guidance, in every sampling step: "
+            "frequency-decoupled guidance).",
+            search_aliases=["latent operation", "sharpen", "detail", "wavelet", "fdg", "frequency-decoupled guidance"],
             inputs=[
                 _gain_input("low_gain", "Gain of the low band; 1 leaves it unchanged."),
                 _gain_input("high_gain", "Gain of the high band; above 1 adds detail."),

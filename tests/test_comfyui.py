@@ -138,22 +138,40 @@ def test_a_comfyui_that_lacks_something_is_named_with_its_version():
 # -- the server: sampling ----------------------------------------------------------------------------------------------
 
 
-def test_the_operation_shapes_the_guidance_of_every_step(sample):
-    """With one step, guidance g and gains (1, h): x = u + g·(low(c - u) + h·high(c - u))."""
+def test_the_operation_is_frequency_decoupled_guidance(sample):
+    """One step ends at u + w_low·low(c - u) + w_high·high(c - u), with w = cfg·gain, as the help page says."""
 
-    def sampled(cfg, **operation):
-        if not operation:
+    def sampled(cfg, *gains):
+        if not gains:
             return sample(sampling(["checkpoint", 0], steps=1, cfg=cfg))[0]
         shaped = node("LatentApplyOperationCFG", model=["checkpoint", 0], operation=["operation", 0])
-        operation = node("FreqLoss_BandOperation", **operation, **BANDS)
+        operation = node("FreqLoss_BandOperation", low_gain=gains[0], high_gain=gains[1], **BANDS)
         return sample(sampling(["shaped", 0], steps=1, cfg=cfg, shaped=shaped, operation=operation))[0]
 
     conditional, guided = sampled(1.0), sampled(3.0)
     difference = (guided - conditional) / 2  # c - u
     unconditional = conditional - difference
     low, high = BandSpec().split(difference)
-    expected = unconditional + 3 * (low + 2.5 * high)
-    torch.testing.assert_close(sampled(3.0, low_gain=1.0, high_gain=2.5), expected, atol=3e-4, rtol=1e-3)
+    for cfg, low_gain, high_gain in ((3.0, 1.0, 2.5), (5.0, 1.0, 2.0), (10.0, 0.5, 1.0)):
+        expected = unconditional + cfg * low_gain * low + cfg * high_gain * high
+        torch.testing.assert_close(sampled(cfg, low_gain, high_gain), expected, atol=2e-3, rtol=1e-3)
+    # The same weights by other gains; and with cfg = 1, ComfyUI leaves out u.
+    torch.testing.assert_close(sampled(5.0, 1.0, 2.0), sampled(10.0, 0.5, 1.0), atol=1e-3, rtol=1e-3)
+    low, high = BandSpec().split(conditional)
+    torch.testing.assert_close(sampled(1.0, 1.0, 2.0), low + 2 * high, atol=1e-3, rtol=1e-3)
+
+
+def test_the_workflow_with_the_operation_says_which_weights_its_values_mean():
+    workflow = json.loads(next(file for file in WORKFLOWS if file.stem.startswith("6_")).read_text())
+    values = {entry["type"]: entry["widgets_values"] for entry in workflow["nodes"] if "widgets_values" in entry}
+    low_gain, high_gain = values["FreqLoss_BandOperation"][:2]
+    cfgs = {entry["widgets_values"][3] for entry in workflow["nodes"] if entry["type"] == "KSampler"}
+    (cfg,) = cfgs
+    assert cfg > 1
+    (note,) = values["MarkdownNote"]
+    for band, gain in (("low", low_gain), ("high", high_gain)):
+        assert f"- {band} band: cfg × {band}_gain = {cfg:g} × {gain:g} = {cfg * gain:g}\n" in note
+    assert cfg * low_gain < cfg * high_gain
 
 
 def test_a_sheet_of_latents_decodes_them_where_there_is_a_vae(comfyui_server):

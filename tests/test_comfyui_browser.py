@@ -135,6 +135,40 @@ def test_the_gate_says_what_it_does(page):
     assert sum("applied as by the core loader" in text for text in texts) == len(texts) - 2
 
 
+def test_the_operation_on_a_core_whose_node_has_a_start_and_an_end(page):
+    """ComfyUI 0.39 gives LatentApplyOperationCFG two more inputs; the workflow leaves room for them."""
+    options = {"min": 0.0, "max": 1.0, "step": 0.001}
+    newer = {
+        "start_percent": ["FLOAT", {"default": 0.0, **options}],
+        "end_percent": ["FLOAT", {"default": 1.0, **options}],
+    }
+
+    def answer(route):
+        nodes = route.fetch().json()
+        nodes["LatentApplyOperationCFG"]["input"]["optional"] = newer
+        nodes["LatentApplyOperationCFG"]["input_order"]["optional"] = list(newer)
+        route.fulfill(json=nodes)
+
+    page.page.route("**/object_info", answer)
+    try:
+        page.reload()
+        open_workflow(page, 6)
+        prompt = page.page.evaluate("async () => (await app.graphToPrompt()).output")
+        (inputs,) = [node["inputs"] for node in prompt.values() if node["class_type"] == "LatentApplyOperationCFG"]
+        assert (inputs["start_percent"], inputs["end_percent"]) == (0.0, 1.0)
+        end, begin = page.page.evaluate(
+            """() => { const [node] = app.graph._nodes.filter(n => n.type === 'LatentApplyOperationCFG');
+               const links = node.outputs[0].links;
+               const [below] = app.graph._nodes.filter(n => n.inputs?.some(i => links.includes(i.link)));
+               return [node.getBounding()[1] + node.getBounding()[3], below.getBounding()[1]] }"""
+        )
+        assert end <= begin
+        assert page.errors == []
+    finally:
+        page.page.unroute("**/object_info")
+        page.reload()
+
+
 def test_the_text_is_no_input_and_no_value_of_the_workflow(page):
     open_workflow(page, 4)
     before = page.page.evaluate("() => app.graph.serialize().nodes.map(n => [n.type, n.widgets_values ?? []])")

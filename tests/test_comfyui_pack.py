@@ -91,6 +91,7 @@ def test_every_node_has_a_help_page_whose_tables_are_its_texts(language):
 
 # What help pages write as code beside names of inputs and outputs.
 OTHER_CODE = {"mean", ".safetensors", "guidance_token", "max_token_length"}
+OTHER_CODE |= {"cfg", "start_percent", "end_percent"}  # of core's nodes
 OTHER_CODE |= {'freq_loss_image_quality = "auto"', "python -m freq_loss_plugin inspect"}
 
 

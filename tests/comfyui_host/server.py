@@ -168,7 +168,8 @@ def api_prompt(workflow: dict[str, Any], nodes: dict[str, Any]) -> dict[str, Any
         for name, (kind, *options) in {**described.get("required", {}), **described.get("optional", {})}.items():
             has_widget = isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
             if has_widget and not (options and options[0].get("forceInput")):
-                inputs[name] = next(values)
+                # Widgets of newer versions have their defaults in a workflow that is older.
+                inputs[name] = next(values, options[0].get("default") if options else None)
                 if options and options[0].get("control_after_generate"):
                     next(values)
                 if options and options[0].get("image_upload"):
