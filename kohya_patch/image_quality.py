@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from freq_loss_plugin import ConfigError
@@ -17,10 +18,9 @@ from freq_loss_plugin.image_quality import measurement_cache
 from freq_loss_plugin.image_quality.measuring import Measured, measure_anew
 from freq_loss_plugin.image_quality.survey import Survey
 from freq_loss_plugin.image_quality.trained_image import TrainedImage
-from freq_loss_plugin.training.distributed import gather, process_share
+from freq_loss_plugin.training.distributed import gather, process_share, there_are_several
 
 from .protocols import IMAGES, Batch
-from .runs import is_main_process
 
 OPTION = "freq_loss_image_quality"
 
@@ -55,11 +55,11 @@ def measure_together(images: Sequence[TrainedImage]) -> dict[TrainedImage, Measu
         ConfigError: a process has failed, and said why.
     """
     images = sorted(images, key=repr)
-    keys = measurement_cache.keys_of(images) if is_main_process() else {}
+    keys = measurement_cache.keys_of(images) if _is_first() else {}
     # By their places: an image of a video is more than can be sent.
     known = in_one_process(lambda: [measurement_cache.read(keys).get(image) for image in images])
     missing = [image for image, one in zip(images, known, strict=True) if one is None]
-    quiet = not is_main_process()
+    quiet = not _is_first()
     shares = _in_every_process(lambda: list(measure_anew(process_share(missing), quiet=quiet).values()))
     new: dict[TrainedImage, Measured] = {}
     for number, share in enumerate(shares):
@@ -69,7 +69,7 @@ def measure_together(images: Sequence[TrainedImage]) -> dict[TrainedImage, Measu
 
 
 def in_one_process(work: Callable[[], T]) -> T:
-    """What the main process makes, in all of them.
+    """What the first process makes, in all of them.
 
     Args:
         work: what to do; the other processes wait.
@@ -77,8 +77,12 @@ def in_one_process(work: Callable[[], T]) -> T:
     Raises:
         ConfigError: it has failed, and said why.
     """
-    result: T | None = _in_every_process(lambda: work() if is_main_process() else None)[0]
+    result: T | None = _in_every_process(lambda: work() if _is_first() else None)[0]
     return result  # type: ignore[return-value]
+
+
+def _is_first() -> bool:
+    return not there_are_several() or dist.get_rank() == 0
 
 
 def _in_every_process(work: Callable[[], T]) -> list[T]:

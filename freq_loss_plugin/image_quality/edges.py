@@ -100,7 +100,8 @@ def _blurs(tiles: Tensor, places: Tensor, *, ignore_grid: bool) -> Tensor:
 
     def strength(scale: float) -> Tensor:
         n = _SCALES[scale]
-        return torch.hypot(*(axis[tile, channel, row // n, column // n] for axis in gradients[scale])).clamp(min=1e-9)
+        place = (tile, channel, row, column) if n == 1 else (tile, channel, row // n, column // n)
+        return torch.hypot(*(axis[place] for axis in gradients[scale])).clamp(min=1e-9)
 
     fine, middle, coarse, coarsest = map(strength, _SCALES)
     ratio = (fine / middle).square()

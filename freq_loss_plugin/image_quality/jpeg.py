@@ -39,8 +39,7 @@ def quality_of_tables(tables: Mapping[int, Sequence[int]]) -> int | None:
         return None
     # Sorted, since programs keep them in different orders.
     table = torch.tensor(sorted(tables[min(tables)]), dtype=torch.float64)
-    distances = [float((table - _table(quality).flatten().sort().values).abs().sum()) for quality in range(1, 101)]
-    return 1 + distances.index(min(distances))
+    return 1 + int((_sorted_tables() - table).abs().sum(dim=1).argmin())
 
 
 def quality_of_pixels(pixels: Tensor) -> int | None:
@@ -80,6 +79,12 @@ def _table(quality: int) -> Tensor:
     """libjpeg's table of a quality."""
     percent = 5000 / quality if quality < 50 else 200 - 2 * quality
     return ((_STANDARD * percent + 50) / 100).floor().clamp(1, 255)
+
+
+@lru_cache(maxsize=1)
+def _sorted_tables() -> Tensor:
+    """The values of the tables of qualities 1 to 100, shape (100, 64)."""
+    return torch.stack([_table(quality).flatten().sort().values for quality in range(1, 101)])
 
 
 def _low_frequencies() -> tuple[list[int], list[int]]:
