@@ -15,6 +15,7 @@ import json
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -35,16 +36,18 @@ _PACKAGES = (
 
 
 def run(
-    command: list[str], path: list[Path], timeout: int, folder: Path | None = None
+    command: list[str], path: list[Path], timeout: int, folder: Path | None = None, processes: int = 1
 ) -> subprocess.CompletedProcess[str]:
     """Run Python with a command in a folder, and ``path`` as PYTHONPATH; the output is what it wrote to both streams.
 
     What takes longer than ``timeout`` seconds is killed, and its return code is negative. On Windows it is run by a new
-    Python.
+    Python. Several ``processes`` get the variables that ``torch.distributed.run`` gives those that it starts, which is
+    what ``accelerate launch`` does; as there, all end where one fails.
     """
     environment = {**os.environ, **_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(map(str, path))}
     if not hasattr(os, "fork"):
-        with_python = [sys.executable, *command]
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] * (processes > 1)
+        with_python = [sys.executable, *launcher, *command]
         both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         return subprocess.run(with_python, env=environment, text=True, timeout=timeout, cwd=folder, **both)
     server = _server()
@@ -52,7 +55,8 @@ def run(
     assert server.stdout is not None
     with tempfile.NamedTemporaryFile("r", encoding="utf-8") as output:
         request = {"command": command, "environment": environment, "output": output.name, "timeout": timeout}
-        server.stdin.write(json.dumps(request | {"folder": str(folder or Path.cwd())}) + "\n")
+        request |= {"folder": str(folder or Path.cwd()), "processes": processes}
+        server.stdin.write(json.dumps(request) + "\n")
         server.stdin.flush()
         status = int(server.stdout.readline())
         return subprocess.CompletedProcess(command, status, output.read())
@@ -74,17 +78,49 @@ def main() -> None:
         with contextlib.suppress(ImportError):  # one that these hosts do not need
             importlib.import_module(package)
     for line in iter(sys.stdin.readline, ""):
-        process = os.fork()
-        if process == 0:
-            _become(json.loads(line))
-            return
-        print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
+        request = json.loads(line)
+        running = set()
+        for variables in _variables(request["processes"]):
+            process = os.fork()
+            if process == 0:
+                request["environment"] |= variables
+                _become(request)
+                return
+            running.add(process)
+        print(_wait_for(running), flush=True)
+
+
+def _variables(processes: int) -> list[dict[str, str]]:
+    """The environment of each process, as far as it says which of several it is."""
+    if processes == 1:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    all_of_them = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": processes}
+    all_of_them |= {"LOCAL_WORLD_SIZE": processes}
+    return [
+        {name: str(value) for name, value in (all_of_them | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+        for rank in range(processes)
+    ]
+
+
+def _wait_for(running: set[int]) -> int:
+    """The first exit status that is not 0, after which the other processes are ended."""
+    result = 0
+    while running:
+        process, status = os.wait()
+        running.remove(process)
+        result = result or os.waitstatus_to_exitcode(status)
+        for other in running if result else ():
+            os.kill(other, signal.SIGTERM)
+    return result
 
 
 def _become(request: dict[str, Any]) -> None:
     """Run a script or a module in this process."""
     signal.alarm(request["timeout"])
-    with Path(request["output"]).open("wb") as output, Path(os.devnull).open() as nothing:
+    with Path(request["output"]).open("ab") as output, Path(os.devnull).open() as nothing:
         for stream, descriptor in ((nothing, 0), (output, 1), (output, 2)):
             os.dup2(stream.fileno(), descriptor)
     os.environ.clear()

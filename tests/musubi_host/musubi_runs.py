@@ -67,14 +67,13 @@ class MusubiTuner:
             config["freq_loss"] = freq_loss
         values.setdefault("network_module", own)
         (folder / "config.toml").write_text(toml.dumps(config), encoding="utf-8")
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] * (processes > 1)
         script = self.path / ("" if wrapper else "src/musubi_tuner") / f"{self.architecture}_train_network.py"
-        command = [*launcher, str(HERE / "musubi_launch.py"), "--record", str(folder / "events"), str(script)]
-        done = self._call([*command, "--config_file", str(folder / "config.toml"), *arguments])
+        command = [str(HERE / "musubi_launch.py"), "--record", str(folder / "events"), str(script)]
+        done = self._call([*command, "--config_file", str(folder / "config.toml"), *arguments], processes)
         return Run(folder, done.returncode, done.stdout)
 
-    def _call(self, command: list[str]) -> subprocess.CompletedProcess[str]:
-        return forks.run(command, [ROOT, self.path / "src", HERE], timeout=300)
+    def _call(self, command: list[str], processes: int = 1) -> subprocess.CompletedProcess[str]:
+        return forks.run(command, [ROOT, self.path / "src", HERE], timeout=300, processes=processes)
 
     @staticmethod
     def _check(done: subprocess.CompletedProcess[str]) -> None:

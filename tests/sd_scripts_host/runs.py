@@ -95,13 +95,11 @@ class SdScripts:
             config["freq_loss"] = freq_loss
         config["training"].setdefault("network_module", "networks.lora")
         (folder / "config.toml").write_text(toml.dumps(config), encoding="utf-8")
-        # What `accelerate launch` starts for several processes; its own CPU launcher wants MPI.
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] * (processes > 1)
-        command = [*launcher, str(HERE / "launch.py"), "--record", str(folder / "events")]
+        command = [str(HERE / "launch.py"), "--record", str(folder / "events")]
         if self.unet_config is not None:
             command += ["--unet", str(self.unet_config)]
         command += [str(self.path / script), "--config_file", str(folder / "config.toml"), *arguments]
-        done = forks.run(command, [ROOT], timeout)
+        done = forks.run(command, [ROOT], timeout, processes=processes)
         return Run(folder, done.returncode, done.stdout)
 
     def _defaults(self, folder: Path) -> dict[str, Any]:
