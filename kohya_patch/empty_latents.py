@@ -22,14 +22,15 @@ class EmptyLatents(Tensor):
     _size: tuple[int, ...]
 
     @classmethod
-    def of(cls, count: int, size: Sequence[int]) -> EmptyLatents:
+    def of(cls, count: int, size: Sequence[int], device: torch.device | str = "cpu") -> EmptyLatents:
         """See `EmptyLatents`.
 
         Args:
             count: samples.
             size: H and W, after T for videos.
+            device: where they are.
         """
-        made = torch.zeros(count, 1, *(1 for _ in size)).as_subclass(cls)
+        made = torch.zeros(count, 1, *(1 for _ in size), device=device).as_subclass(cls)
         made._size = (count, 1, *size)
         return made
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ from freq_loss_plugin import FreqLossConfig, frequency_matching_loss
 from freq_loss_plugin.training.passes import Pass
 from freq_loss_plugin.training.term import FrequencyTerm
 from freq_loss_plugin.training.timesteps import Draws
+
+sys.path.insert(0, str(Path(__file__).parent / "musubi_host"))
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
@@ -133,7 +137,7 @@ class Steps:
             self.term.extra_pass(self.run(plan.extra), torch.Tensor.backward)
         timesteps = self.own
         if plan.chooses:
-            draws = Draws(self.own, lambda count: torch.full((count,), 400 if least is None else 800))
+            draws = Draws(self.own, lambda count: torch.tensor([400, 800]).repeat(count)[:count])
             timesteps = self.term.choose(draws).to(DEVICE, non_blocking=True)
         passed = self.run(timesteps)
         balanced = self.term.balance(passed)
@@ -156,3 +160,61 @@ def test_a_step_never_waits_for_the_device(options, dtype):
             losses.append(steps.step())
     assert torch.stack(losses).isfinite().all()
     assert steps.weight.grad.isfinite()
+
+
+def drawn_with_least(choose, term, least):
+    """What a host's function returns where each image has a least timestep; the first call draws in advance."""
+    choose(term, term.plan(least).own_stream)
+    with no_synchronization():
+        return choose(term, term.plan(least).own_stream)
+
+
+def given_latents():
+    latents, noise = torch.randn(2, BATCH, 16, 32, 32, device=DEVICE)
+    return {"latents": latents, "noise": noise, "device": DEVICE, "dtype": torch.bfloat16}
+
+
+@pytest.mark.sd_scripts
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("sampling", ["uniform", "sigmoid", "shift", "flux_shift"])  # the host itself waits for others
+def test_least_timesteps_in_sd_scripts_never_wait_for_the_device(stand_ins, sampling):
+    from kohya_patch.sd_scripts import host
+    from kohya_patch.sd_scripts.timesteps import TimestepChoice
+
+    stand_in = stand_ins.make("flux", timestep_sampling=sampling)
+    drawing = host.drawing_function(type(stand_in.trainer), "flow")
+    given = {**given_latents(), "args": stand_in.args, "noise_scheduler": stand_in.scheduler}
+
+    def choose(term, stream):
+        with TimestepChoice("flow", drawing).made_by(term.choose, stream):
+            return drawing.function(**given)
+
+    term = FrequencyTerm(FreqLossConfig(dist_match=0.0, image_quality="auto"), "flow", seed=0)
+    noisy, timesteps, _ = drawn_with_least(choose, term, LEAST)
+    assert (timesteps.float().cpu() >= LEAST - 4).all()  # in bfloat16
+    sigma = timesteps.float().view(-1, 1, 1, 1) / 1000
+    mixed = (1 - sigma) * given["latents"] + sigma * given["noise"]
+    torch.testing.assert_close(noisy.float(), mixed, rtol=0, atol=0.05)
+
+
+@pytest.mark.musubi_tuner
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("sampling", ["uniform", "sigmoid", "shift", "flux2_shift", "logsnr"])
+def test_least_timesteps_in_musubi_tuner_never_wait_for_the_device(sampling):
+    import musubi_stand_ins
+
+    from kohya_patch.musubi import timesteps as musubi_timesteps
+
+    stand_in = musubi_stand_ins.make("flux_2", timestep_sampling=sampling)
+    given = {**given_latents(), "args": stand_in.args, "timesteps": None, "noise_scheduler": stand_in.scheduler}
+    method = stand_in.trainer.get_noisy_model_input_and_timesteps
+    term = FrequencyTerm(FreqLossConfig(dist_match=0.0, image_quality="auto"), "flow", seed=0)
+
+    def choose(term, stream):
+        return musubi_timesteps.chosen(method, given, term.choose, stream)
+
+    noisy, returned = drawn_with_least(choose, term, LEAST)
+    at = musubi_timesteps.on_scale(returned, stand_in.args)
+    assert (at.cpu() >= LEAST - 0.1).all()
+    sigma = at.view(-1, 1, 1, 1) / 1000
+    torch.testing.assert_close(noisy, (1 - sigma) * given["latents"] + sigma * given["noise"], rtol=0, atol=1e-3)

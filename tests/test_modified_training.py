@@ -130,7 +130,8 @@ def test_bf16_with_gradient_checkpointing_and_text_encoder(sd_scripts, tmp_path)
 
 @pytest.mark.versions
 def test_two_processes_form_one_batch_at_the_same_timestep_with_different_noise(sd_scripts, tmp_path):
-    run = sd_scripts.train(tmp_path, freq_loss={"dist_match": 0.01}, processes=2, max_train_steps=2)
+    """Without a seed, which sd-scripts then draws in each process."""
+    run = sd_scripts.train(tmp_path, freq_loss={"dist_match": 0.01}, processes=2, max_train_steps=2, seed=None)
     assert run.returncode == 0, run.output
     assert_scalars_are_the_formula(run, dist_match=0.01, processes=2)
     assert run.output.count("on for SD1.x / SD2.x") == 1

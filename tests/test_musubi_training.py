@@ -164,6 +164,36 @@ def test_two_processes_form_one_batch(flux_2, tmp_path):
         assert run.scalars["loss/freq_low"][step] == pytest.approx(band_losses(together)[0], rel=5e-3)
 
 
+def test_processes_at_images_of_different_sizes_wait_for_nobody(flux_2, tmp_path):
+    """Without a seed, and with a distribution of timesteps that depends on the size: they disagree on the window."""
+    images, cache = tmp_path / "images", tmp_path / "cache"
+    images.mkdir()
+    cache.mkdir()
+    for number in range(6):
+        scene = bad_images.scene(number)
+        (scene.resize((512, 512)) if number % 2 else scene).save(images / f"{number}.png")
+        (images / f"{number}.txt").write_text("a scene")
+        text = next((flux_2.folder / "cache").glob(f"{number}_*_te.safetensors"))
+        (cache / text.name).write_bytes(text.read_bytes())
+    sizes = {"resolution": [512, 512], "enable_bucket": True, "bucket_no_upscale": True, "batch_size": 1}
+    flux_2.cache(images, cache, **sizes)
+    config = flux_2.dataset(tmp_path / "dataset.toml", images, cache, **sizes)
+    options = {"dist_match": 1.0, "freq_loss_timesteps": "shared", "freq_loss_gradient_ratio": 0.1}
+    settings = {"dataset_config": str(config), "max_train_steps": 18, "seed": None}
+    run = flux_2.train(tmp_path / "run", freq_loss=options, processes=2, **settings)
+    assert run.returncode == 0, run.output
+    differ = set()
+    for first, second in zip(passes_of(run), passes_of(run, 1), strict=True):
+        shapes = [event["latents"].shape for event in (first, second)]
+        sigmas = [sigma_of(event) for event in (first, second)]
+        inside = [bool(0.2 <= sigma[0] < 0.6) for sigma in sigmas]
+        differ.add(shapes[0] != shapes[1])
+        if shapes[0] == shapes[1]:
+            assert inside[0] == inside[1]
+            assert not inside[0] or abs(sigmas[0] - sigmas[1]) < 1e-3
+    assert True in differ
+
+
 def test_bad_images_train_where_they_tell_the_truth(flux_2, tmp_path):
     images, cache = tmp_path / "images", tmp_path / "cache"
     images.mkdir()

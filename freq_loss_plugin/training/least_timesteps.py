@@ -19,8 +19,8 @@ from .random_streams import named_generator, separate_random_stream
 from .timesteps import Draws
 
 _CPU = torch.device("cpu")
-# Of these, some 900 are above the highest least timestep, 900, where timesteps are drawn from a logit-normal.
-DRAWN = 2**16
+# Of these, some 450 are above the highest least timestep, 900, where timesteps are drawn from a logit-normal.
+DRAWN = 2**15
 
 
 class TimestepPools:

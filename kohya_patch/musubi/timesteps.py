@@ -82,12 +82,12 @@ def chosen(method: Draw, given: Given, choose: Callable[[Draws], Tensor], stream
         choose: `FrequencyTerm.choose`.
         stream: names the random stream of what this process draws besides.
     """
-    small = {**given, "noise": given["noise"][:, :1], "latents": given["latents"][:, :1]}
-    own_noisy, own = method(**small)
     size = tuple(given["latents"].shape[2:])
+    empty = EmptyLatents.of(len(given["latents"]), size, given["device"])
+    own = method(**{**given, "noise": empty, "latents": empty})[1]
     draws = Draws(on_scale(own, given["args"]), lambda count: draw(method, given, count), size)
     noisy, returned, _ = at(method, given, choose(draws), stream)
-    return noisy.to(own_noisy.dtype), _as_returned(returned, given).to(own.dtype)
+    return noisy, _as_returned(returned, given).to(own.dtype)
 
 
 def draw(method: Draw, given: Given, count: int) -> Tensor:

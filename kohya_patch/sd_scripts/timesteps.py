@@ -56,9 +56,9 @@ def at_one_timestep(args: argparse.Namespace, timestep: int) -> argparse.Namespa
 class TimestepChoice:
     """Makes a trainer's passes use chosen timesteps.
 
-    The trainer's own drawing function is called with latents of one channel for what it would draw by itself, and once
-    more, in a random stream of its own, for the result at the chosen timesteps. So its random numbers are used up as
-    ever, and a sample that keeps its timestep also keeps its noise.
+    The trainer's own drawing function is called with empty latents for what it would draw by itself, and once more, in
+    a random stream of its own, for the result at the chosen timesteps. So its random numbers are used up as ever, and a
+    sample that keeps its timestep also keeps its noise.
 
     Args:
         kind: how the trainer's model predicts.
@@ -86,7 +86,9 @@ class TimestepChoice:
             if self._kind == "scheduler":
                 chosen.append(choose(_schedule_draws(original, given)))
                 return chosen[-1].to(given["device"], non_blocking=True)
-            own = original(**_small(given))
+            # SD3 draws on the CPU, and calculates with its limits there.
+            device = _CPU if self._kind == "sample" else given["device"]
+            own = original(**_empty(given, len(given["latents"]), device))
             chosen.append(choose(_noise_level_draws(original, given, own)))
             return _at_noise_levels(self._kind, original, given, own, chosen[-1], stream)
 
@@ -105,9 +107,7 @@ def _noise_level_draws(original: Callable[..., Any], given: dict[str, Any], own:
     args, size, offsets = given["args"], tuple(given["latents"].shape[2:]), given.get(OFFSET)
 
     def draw(count: int, **changes: Any) -> Tensor:
-        empty = EmptyLatents.of(count, size)
-        small = {"latents": empty, "noise": empty, "device": _CPU, "dtype": torch.float32}
-        timesteps: Tensor = original(**{**_without_offsets(given), **small, **changes})[1]
+        timesteps: Tensor = original(**{**_without_offsets(_empty(given, count, _CPU)), **changes})[1]
         return timesteps
 
     timesteps = own[1]
@@ -115,9 +115,10 @@ def _noise_level_draws(original: Callable[..., Any], given: dict[str, Any], own:
     return Draws(timesteps, draw, size, None if offsets is None else _with_offsets(draw, args, offsets.double().cpu()))
 
 
-def _small(given: dict[str, Any]) -> dict[str, Any]:
-    """The same with one channel of the latents, and timesteps that are not rounded to the dtype of the training."""
-    return {**given, "latents": given["latents"][:, :1], "noise": given["noise"][:, :1], "dtype": torch.float32}
+def _empty(given: dict[str, Any], count: int, device: Any) -> dict[str, Any]:
+    """The same arguments for ``count`` empty latents, and for timesteps that are not rounded to half precision."""
+    empty = EmptyLatents.of(count, given["latents"].shape[2:], device)
+    return {**given, "latents": empty, "noise": empty, "device": device, "dtype": torch.float32}
 
 
 def _at_noise_levels(

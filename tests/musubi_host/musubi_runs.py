@@ -38,9 +38,9 @@ class MusubiTuner:
         )
         return file
 
-    def cache(self, images: Path, cache: Path) -> None:
-        """Cache the latents of images by musubi-tuner's own script."""
-        config = self.dataset(cache / "dataset.toml", images, cache)
+    def cache(self, images: Path, cache: Path, **options: Any) -> None:
+        """Cache the latents of images by musubi-tuner's own script; ``options`` are those of `dataset`."""
+        config = self.dataset(cache / "dataset.toml", images, cache, **options)
         script = self.path / "src" / "musubi_tuner" / "flux_2_cache_latents.py"
         options = ["--model_version", "klein-base-4b", "--dataset_config", str(config)]
         options += ["--vae", str(self.folder / "vae.safetensors")]
