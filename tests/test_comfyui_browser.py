@@ -152,6 +152,7 @@ def test_the_operation_on_a_core_whose_node_has_a_start_and_an_end(page):
     page.page.route("**/object_info", answer)
     try:
         page.reload()
+        page.errors.clear()  # as in the fixture
         open_workflow(page, 6)
         prompt = page.page.evaluate("async () => (await app.graphToPrompt()).output")
         (inputs,) = [node["inputs"] for node in prompt.values() if node["class_type"] == "LatentApplyOperationCFG"]
