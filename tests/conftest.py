@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,25 @@ sys.path.insert(0, str(Path(__file__).parent))
 def pytest_collection_modifyitems(items):
     """Files with long tests begin, so that several processes end at about the same time."""
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
+class _Logged(logging.Handler):
+    """Warns of what transformers and diffusers only log: that something will be removed."""
+
+    def emit(self, record):
+        if "deprecated" in record.getMessage():
+            warnings.warn(record.getMessage(), FutureWarning, stacklevel=2)
+
+
+for library in ("transformers", "diffusers"):
+    logging.getLogger(library).addHandler(_Logged(logging.WARNING))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Where no host calls it, what the next major versions of packages remove is an error, whatever a mark says."""
+    if not any(map(item.get_closest_marker, ("sd_scripts", "comfyui", "musubi_tuner"))):
+        warnings.filterwarnings("error", category=FutureWarning)
 
 
 @pytest.fixture(autouse=True)
