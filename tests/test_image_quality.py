@@ -239,6 +239,15 @@ def test_few_sharp_images_are_warned_of(encode, tmp_path):
     assert any(warning.startswith("only 1 of 12 images are of full quality") for warning in found.warnings)
 
 
+def test_what_is_not_known_is_not_called_full_quality(encode, tmp_path):
+    images = [*bad_images.write(tmp_path / "1_sharp", [scene(1)]).glob("*.png"), tmp_path / "red.png"]
+    Image.new("RGB", (128, 128), "red").save(images[-1])
+    found = survey(
+        [TrainedImage(file, (128, 128)) for file in images], FreqLossConfig(image_quality="auto"), encode, SNR, end=1000
+    )
+    assert found.summary == "2 images: 1 full quality; 1 not known, train at every t"
+
+
 def damaged(folder):
     (folder / "x.png").write_bytes(b"no image")
 
