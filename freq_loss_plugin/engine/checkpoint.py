@@ -96,9 +96,11 @@ def write_state(settings: Settings, loss: FreqLossConfig, data: DataSet, state: 
 def _identity(settings: Settings, loss: FreqLossConfig, features: Features | None) -> dict[str, Any]:
     """The settings and options that must be the same when a run is resumed, however they are written."""
     values = asdict(settings) | {"resolution": settings.size, "network_alpha": settings.alpha}
-    identity = {key: value for key, value in values.items() if key not in _MAY_CHANGE}
-    identity |= {f"{PREFIX}{key}": value for key, value in asdict(loss).items()}
-    return identity if features is None else identity | {CLIP_KEY: features.clip.rpartition("@")[2]}
+    values = {key: value for key, value in values.items() if key not in _MAY_CHANGE}
+    values |= {f"{PREFIX}{key}": value for key, value in asdict(loss).items()}
+    # Numbers stay what they are, for 1 is 1.0; tables become text.
+    identity = {key: value if isinstance(value, (int, float)) else str(value) for key, value in values.items()}
+    return identity if features is None else identity | {CLIP_KEY: features.clip}
 
 
 def _images(data: DataSet) -> list[dict[str, Any]]:
