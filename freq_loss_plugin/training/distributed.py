@@ -65,14 +65,14 @@ class Parts(NamedTuple):
         return sorted({shape for shape, count in self.samples if count})
 
 
-def gather_parts(shape: Sequence[int], samples: int) -> Parts:
+def gather_parts(prediction: Tensor, *, has_term: bool = True) -> Parts:
     """Exchange what each process has for a term; to be called by all of them, with every batch that may have one.
 
     Args:
-        shape: of D, (C, H, W) or (C, T, H, W).
-        samples: the size of this process's batch; 0 where it has no term.
+        prediction: of this process's batch, shape (B, C, H, W) or (B, C, T, H, W).
+        has_term: whether it is part of a term.
     """
-    mine = tuple(shape)
+    mine, samples = tuple(prediction.shape[1:]), len(prediction) if has_term else 0
     if not there_are_several():
         return Parts(mine, [(mine, samples)])
     row = torch.tensor([*mine, samples])

@@ -129,7 +129,7 @@ class FrequencyTerm:
         """Take the extra pass of ``unified``, and propagate its term at once, so that one graph is alive at a time."""
         passed = self._of_counted_samples(passed)
         reference = functools.partial(mse_gradient, passed.prediction, passed.target)
-        term = self._weighed(passed, reference, self._gather_parts(passed, has_term=True), same_pass=False)
+        term = self._weighed(passed, reference, gather_parts(passed.prediction), same_pass=False)
         if term.loss.total.requires_grad:
             backward(term.loss.total)
         self._extra = _Term(FrequencyLoss(*(number.detach() for number in term.loss)), passed.detached(), term.logs)
@@ -227,7 +227,7 @@ class FrequencyTerm:
         nothing = _Term(FrequencyLoss(zero, zero, zero), passed)
         if not self.config.enabled or self.config.timesteps == "unified":
             return nothing
-        parts = self._gather_parts(passed, has_term=self._plan.has_term)
+        parts = gather_parts(passed.prediction, has_term=self._plan.has_term)
         if self._plan.has_term:
             reference = functools.partial(base_gradient, base_loss, passed.prediction)
             return self._weighed(self._of_counted_samples(passed), reference, parts, same_pass=True)
@@ -237,10 +237,6 @@ class FrequencyTerm:
             if self._balance is not None:
                 self._balance.observe_nothing(passed.prediction.device)
         return nothing
-
-    @staticmethod
-    def _gather_parts(passed: Pass, *, has_term: bool) -> Parts:
-        return gather_parts(passed.prediction.shape[1:], len(passed.prediction) if has_term else 0)
 
     def _of_counted_samples(self, passed: Pass) -> Pass:
         """The pass at the timestep of its term; samples that this is not computed from weigh 0."""
