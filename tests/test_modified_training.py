@@ -110,7 +110,6 @@ def test_own_timesteps_with_every_feature_that_concerns_the_hook(sd_scripts, mat
     )
 
 
-@pytest.mark.versions
 def test_bf16_with_gradient_checkpointing_and_text_encoder(sd_scripts, tmp_path):
     run = sd_scripts.train(
         tmp_path,

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent / "musubi_host"))
 import musubi_stand_ins
 
 # The host's own warnings are none of this project's business.
-pytestmark = [pytest.mark.musubi_tuner, pytest.mark.filterwarnings("default")]
+pytestmark = [pytest.mark.musubi_tuner, pytest.mark.versions, pytest.mark.filterwarnings("default")]
 
 NAMES = list(musubi_stand_ins.TRAINERS)
 # Of those with a fixed distribution of their own; the others depend on the size of the latents alone.
@@ -59,7 +59,6 @@ def expected_term(used, config, counted=None):
     return config.dist_match * (config.low_weight * low + config.high_weight * high)
 
 
-@pytest.mark.versions
 @pytest.mark.parametrize("name", NAMES)
 def test_unified_adds_the_formula_of_an_extra_pass_at_one_timestep(name):
     stand_in = musubi_stand_ins.make(name)
@@ -132,14 +131,14 @@ def test_shared_leaves_the_trainers_random_numbers_where_they_would_be(sampling)
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_off_is_the_trainers_own_step():
-    for name in NAMES:
-        stand_in = musubi_stand_ins.make(name)
-        plain, state = stand_in.process_batch(), torch.get_rng_state()
-        install(stand_in, dist_match=0.0)
-        assert torch.equal(stand_in.process_batch(), plain)
-        assert torch.equal(torch.get_rng_state(), state)
-        assert list(stand_in.trainer.extra_metadata(stand_in.args)) == ["ss_network_module"]
+@pytest.mark.parametrize("name", NAMES)
+def test_off_is_the_trainers_own_step(name):
+    stand_in = musubi_stand_ins.make(name)
+    plain, state = stand_in.process_batch(), torch.get_rng_state()
+    install(stand_in, dist_match=0.0)
+    assert torch.equal(stand_in.process_batch(), plain)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert list(stand_in.trainer.extra_metadata(stand_in.args)) == ["ss_network_module"]
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
