@@ -62,6 +62,16 @@ def run(
         return subprocess.CompletedProcess(command, status, output.read())
 
 
+def spawn(function: Any, arguments: tuple[Any, ...], processes: int, join: bool = True) -> Any:
+    """As ``torch.multiprocessing.spawn``, and where there are forks, of a process that has imported PyTorch."""
+    import torch.multiprocessing
+
+    method = "forkserver" if hasattr(os, "fork") else "spawn"
+    if method == "forkserver":
+        torch.multiprocessing.set_forkserver_preload(["numpy", "pytest", "torch", "torch.distributed"])
+    return torch.multiprocessing.start_processes(function, arguments, processes, join, start_method=method)
+
+
 @functools.cache
 def _server() -> subprocess.Popen[str]:
     """One for each process of pytest."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from datetime import timedelta
 
+import forks
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 
 from freq_loss_plugin import FreqLossConfig
 from freq_loss_plugin.training.distributed import gather
@@ -59,7 +59,7 @@ def work(rank, case, configs, folder):
 
 
 def run(case, configs, folder):
-    multiprocessing.spawn(work, (case, configs, str(folder)), nprocs=len(case))
+    forks.spawn(work, (case, configs, str(folder)), len(case))
     return [torch.load(folder / str(rank)) for rank in range(len(case))]
 
 
@@ -119,7 +119,7 @@ def share(rank, balance, folder):
 
 @pytest.mark.parametrize("balance", ["off", "band"])
 def test_no_process_waits_for_one_without_a_term_and_what_is_carried_on_is_the_same(balance, tmp_path):
-    multiprocessing.spawn(share, (balance, str(tmp_path)), nprocs=2)
+    forks.spawn(share, (balance, str(tmp_path)), 2)
     first, second = (torch.load(tmp_path / str(rank)) for rank in range(2))
     inside = [[200 <= timestep < 600 for _, timestep in batch] for batch in BATCHES]
     assert [[total > 0 for total in totals] for totals in zip(first[0], second[0], strict=True)] == inside

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import forks
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 
 from freq_loss_plugin import ConfigError, FreqLossConfig, frequency_matching_loss
 from freq_loss_plugin.training.gradient_balance import (
@@ -155,7 +155,7 @@ def work(rank, folder):
 
 
 def test_processes_agree_on_the_gain(tmp_path):
-    multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
+    forks.spawn(work, (str(tmp_path),), 2)
     first, second = (torch.load(tmp_path / str(rank)) for rank in range(2))
     assert first == second
     assert first.item() == pytest.approx(0.1 * (25 / 12.5) ** 0.5)

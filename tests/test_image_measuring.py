@@ -7,10 +7,10 @@ import logging
 import os
 import threading
 
+import forks
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from bad_images import enlarged, noisy, scene, write
 from PIL import Image
 
@@ -243,7 +243,7 @@ def said(tmp_path_factory):
     for number in range(4):
         scene(number).save(folder / f"{number}.png")
     BAD.save(folder / "bad.png")
-    context = multiprocessing.spawn(work, (folder,), nprocs=2, join=False)
+    context = forks.spawn(work, (folder,), 2, join=False)
     try:
         assert context.join(timeout=120) or context.join(timeout=10), "a process waits for another"
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import forks
 import numpy as np
 import oracle
 import pytest
@@ -139,7 +140,7 @@ def work(rank, folder):
 
 
 def test_two_processes_have_the_weights_of_one_with_both_batches(tmp_path):
-    torch.multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
+    forks.spawn(work, (str(tmp_path),), 2)
     balance = LossBalance(FreqLossConfig(balance="band"))
     for residual, timesteps in batches(10):
         balance.balance(Pass(residual, torch.zeros_like(residual), timesteps))
