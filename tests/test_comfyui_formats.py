@@ -127,47 +127,48 @@ def test_the_loss_scales_images_by_video_formats(nodes):
     assert image[:3] == pytest.approx(frame[:3], rel=1e-5)
 
 
+NEWER_FORMATS = """
+import comfy.latent_formats as known
+import torch
+
+class QwenImage21(known.LatentFormat):
+    latent_channels = 64
+
+    def __init__(self):
+        self.latent_rgb_factors = [[0.01, 0.0, -0.01]] * 64
+        self.mean = torch.arange(64.0).view(1, 64, 1, 1)
+
+    def process_in(self, latent):
+        return (latent - self.mean) / 4
+
+class MingImage(known.LatentFormat):
+    latent_channels, scale_factor = 16, 8.0
+
+answer = {}
+for made in (QwenImage21, MingImage):
+    if not hasattr(known, made.__name__):
+        setattr(known, made.__name__, made)
+        answer[made.__name__] = "made up"
+formats = pack("formats")
+answer["labels"] = list(formats.FORMATS)
+latents = torch.randn(2, 64, 3, 4, 6)
+answer["auto"] = formats.describe_colors("auto", formats.select_format("auto", latents[:, :, 0]))
+qwen = formats.select_format("Qwen-Image 2.1", latents)
+whole = formats.to_model_scale(latents, qwen)
+frames = [qwen.process_in(latents[:, :, frame]) for frame in range(3)]
+answer["frames"] = torch.equal(whole, torch.stack(frames, dim=2))
+answer["chosen"] = formats.describe_colors("Qwen-Image 2.1", qwen)
+ming = formats.select_format("Ming-Image", torch.zeros(1, 16, 4, 4))
+answer["ming"] = formats.to_model_scale(torch.ones(1, 16, 4, 4), ming).unique().tolist()
+"""
+
+
 def test_formats_of_newer_versions_are_offered_by_name_and_scaled_by_their_own_class():
     """ComfyUI 0.37 and newer: 64 channels with a mean and a standard deviation each, and 16 with one factor.
 
     The classes here have made-up values; what is tested is that the installed class is found and asked.
     """
-    answer = in_comfyui(
-        """
-        import comfy.latent_formats as known
-        import torch
-
-        class QwenImage21(known.LatentFormat):
-            latent_channels = 64
-
-            def __init__(self):
-                self.latent_rgb_factors = [[0.01, 0.0, -0.01]] * 64
-                self.mean = torch.arange(64.0).view(1, 64, 1, 1)
-
-            def process_in(self, latent):
-                return (latent - self.mean) / 4
-
-        class MingImage(known.LatentFormat):
-            latent_channels, scale_factor = 16, 8.0
-
-        answer = {}
-        for made in (QwenImage21, MingImage):
-            if not hasattr(known, made.__name__):
-                setattr(known, made.__name__, made)
-                answer[made.__name__] = "made up"
-        formats = pack("formats")
-        answer["labels"] = list(formats.FORMATS)
-        latents = torch.randn(2, 64, 3, 4, 6)
-        answer["auto"] = formats.describe_colors("auto", formats.select_format("auto", latents[:, :, 0]))
-        qwen = formats.select_format("Qwen-Image 2.1", latents)
-        whole = formats.to_model_scale(latents, qwen)
-        frames = [qwen.process_in(latents[:, :, frame]) for frame in range(3)]
-        answer["frames"] = torch.equal(whole, torch.stack(frames, dim=2))
-        answer["chosen"] = formats.describe_colors("Qwen-Image 2.1", qwen)
-        ming = formats.select_format("Ming-Image", torch.zeros(1, 16, 4, 4))
-        answer["ming"] = formats.to_model_scale(torch.ones(1, 16, 4, 4), ming).unique().tolist()
-        """
-    )
+    answer = in_comfyui(NEWER_FORMATS)
     assert {"Qwen-Image 2.1", "Ming-Image"} < set(answer["labels"])
     assert answer["auto"] == (
         "colors: HunyuanImage 2.1 (guessed: 2 formats have 64 channels; choose one in latent_format)"
