@@ -31,7 +31,7 @@ from .findings import Finding, advice, make_findings, summary, table
 
 DESCRIPTION = """\
 Shows what is wrong with training images: effective resolution (of enlarged or blurred ones), JPEG quality, noise, and
-the least timestep at which each should train. Writes nothing, unless --json, --html or --plot names a file.
+the least timestep at which each should train. Writes nothing beside them; --json, --html and --plot name files.
 """
 # Where no resolution is given, images are measured at their own size, but no larger than this.
 _LARGEST = 1024
