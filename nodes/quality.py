@@ -56,9 +56,8 @@ class ImageQuality(io.ComfyNode):
             measured.append(measure_image(image))
             plots.append(_plot(image, measured[-1], _line(number, measured[-1])))
             progress.step()
-        good = sum(not one.defect for one in measured)
         lines = [_line(number, one) for number, one in enumerate(measured, 1)]
-        report = "\n".join([*lines, f"{good} of {len(measured)} of full quality"])
+        report = "\n".join([*lines, _summary(measured)])
         spectra = torch.stack(plots)
         lowest = min(one.resolution for one in measured)
         return node_output(cls, report, lowest, spectra, images=spectra, text=report)
@@ -73,6 +72,12 @@ def _as_image(item: Tensor) -> Image.Image:
 def _line(number: int, one: Measurement) -> str:
     parts = [str(one.defect), *one.notes] if one.defect else [*one.notes] or ["full quality"]
     return f"{number}: {one.size[0]} × {one.size[1]}, {', '.join(parts)}"
+
+
+def _summary(measured: list[Measurement]) -> str:
+    unknown = sum(not one.is_known for one in measured)
+    good = f"{sum(one.is_good for one in measured)} of {len(measured)} of full quality"
+    return f"{good}, {unknown} not known" if unknown else good
 
 
 def _plot(image: Image.Image, one: Measurement, title: str) -> Tensor:
