@@ -151,8 +151,8 @@ def test_images_without_a_quality_are_named(nodes):
     )
     assert "one color: nothing to measure, taken as good" in found[0][0]
     assert "200×8 pixels are too few to measure, taken as good" in found[1][0]
-    assert [one[0].splitlines()[-1] for one in found[:2]] == ["0 of 1 of full quality, 1 not known"] * 2
-    assert "1 of 1 of full quality" in found[2][0]
+    assert "too few edges to measure a blur, taken as good" in found[2][0]
+    assert [one[0].splitlines()[-1] for one in found] == ["0 of 1 of full quality, 1 not known"] * 3
     assert [one[1] for one in found] == [1, 1, 1]
 
 
