@@ -156,25 +156,22 @@ def test_a_large_jpeg_is_measured_in_a_smaller_copy(tmp_path):
         assert found.noise == pytest.approx(whole.noise, rel=0.15, abs=0.5)
 
 
-def test_threads_hold_no_more_than_there_is_room_for():
-    room, held, most, lock = _Room(10), [], [], threading.Lock()
+@pytest.mark.parametrize("amount", [5, 30])
+def test_a_thread_waits_until_there_is_room(amount):
+    room, entered = _Room(10), threading.Event()
 
-    def work(amount):
-        for _ in range(20):
-            with room.hold(amount):
-                with lock:
-                    held.append(amount)
-                    most.append(list(held))
-                with lock:
-                    held.remove(amount)
+    def work():
+        with room.hold(amount):
+            entered.set()
 
-    threads = [threading.Thread(target=work, args=(amount,)) for amount in (4, 5, 6, 30)]
-    for thread in threads:
+    thread = threading.Thread(target=work, daemon=True)
+    with room.hold(4), room.hold(4):
         thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert len(most) == 80
-    assert all(sum(amounts) <= 10 or amounts == [30] for amounts in most)
+        assert not entered.wait(0.3)
+    assert entered.wait(30)
+    thread.join(30)
+    with room.hold(10):  # all of it is free again
+        pass
 
 
 def test_processes_of_one_machine_share_its_cores(monkeypatch):
