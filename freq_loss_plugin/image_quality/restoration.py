@@ -117,7 +117,7 @@ def least_timestep(error: Tensor, sharp: Tensor, snr: Tensor, fraction: float) -
         snr: see `freq_loss_plugin.image_quality.detectability.signal_to_noise`, shape (1000,).
         fraction: above 0.
     """
-    counts = _frequencies_per_ring()
+    counts = frequencies_per_ring(64, 64)
     values, vectors = torch.linalg.eigh(sharp.double())
     values = values.clamp(min=1e-8)
     in_them = torch.einsum("rji,rjk,rkl->ril", vectors, error.double(), vectors)
@@ -140,9 +140,19 @@ def ring_of(height: int, width: int) -> Tensor:
     return rings
 
 
-def _frequencies_per_ring(side: int = 64) -> Tensor:
-    """How much of a square image's spectrum lies in each ring, shape (rings,)."""
-    return _Pair.weights_of(side, side)
+def frequencies_per_ring(height: int, width: int) -> Tensor:
+    """How many frequencies of latents of H×W are in each ring, shape (rings,)."""
+    counts = torch.zeros(RINGS + 2, dtype=torch.float64)
+    return counts.index_add(0, ring_of(height, width).flatten(), _in_whole_spectrum(height, width).flatten())
+
+
+def _in_whole_spectrum(height: int, width: int) -> Tensor:
+    """How often each frequency of ``torch.fft.rfft2`` is in the whole spectrum: its other half is left out."""
+    times = torch.full((height, width // 2 + 1), 2.0, dtype=torch.float64)
+    times[:, 0] = 1
+    if width % 2 == 0:
+        times[:, -1] = 1
+    return times
 
 
 class _Pair:
@@ -152,24 +162,9 @@ class _Pair:
         self.before, self.after = (torch.fft.rfft2(latents, norm="ortho") for latents in (before, after))
         self._pixels = before.shape[-2] * before.shape[-1]
         self._rings = ring_of(*before.shape[-2:])
-        self._halves = self._columns(before.shape[-2], before.shape[-1])
-        self.weights = self.weights_of(*before.shape[-2:])
+        self._halves = _in_whole_spectrum(*before.shape[-2:])
+        self.weights = frequencies_per_ring(*before.shape[-2:])
         self.means = [latents.mean(dim=(1, 2)) for latents in (before, after)]
-
-    @staticmethod
-    def _columns(height: int, width: int) -> Tensor:
-        """How often each frequency of a half spectrum is in the whole one."""
-        columns = torch.full((height, width // 2 + 1), 2.0, dtype=torch.float64)
-        columns[:, 0] = 1
-        if width % 2 == 0:
-            columns[:, -1] = 1
-        return columns
-
-    @classmethod
-    def weights_of(cls, height: int, width: int) -> Tensor:
-        """How many frequencies are in each ring, shape (rings,)."""
-        counts = torch.zeros(RINGS + 2, dtype=torch.float64)
-        return counts.index_add(0, ring_of(height, width).flatten(), cls._columns(height, width).flatten())
 
     def centered(self, statistics: _Statistics) -> tuple[Tensor, Tensor]:
         """Both spectra without the means over references."""
