@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -56,15 +55,14 @@ def _cache_of_measurements(tmp_path_factory):
 @pytest.fixture(scope="session")
 def material(tmp_path_factory):
     """A small model, a tokenizer and six photos, for real training runs in sd-scripts."""
+    import forks
     import hosts
 
     hosts.sd_scripts()
     folder = tmp_path_factory.mktemp("material")
-    subprocess.run(
-        [sys.executable, str(Path(__file__).parent / "sd_scripts_host" / "material.py"), str(folder), "--size", "64"],
-        check=True,
-        capture_output=True,
-    )
+    program = Path(__file__).parent / "sd_scripts_host" / "material.py"
+    done = forks.run([str(program), str(folder), "--size", "64"], [], timeout=300)
+    assert done.returncode == 0, done.stdout
     return folder
 
 

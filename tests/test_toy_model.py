@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import hosts
 import numpy as np
 import pytest
@@ -110,13 +111,12 @@ def inputs(trained, tmp_path_factory):
 
 
 def predicted(script, host, trained, inputs, result):
-    command = [sys.executable, str(script), str(host), str(model_folder()), str(trained.lora), str(inputs), str(result)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    missing = re.search(r"No module named '(\w+)'", done.stderr)
+    command = [str(script), str(host), str(model_folder()), str(trained.lora), str(inputs), str(result)]
+    done = forks.run(command, [], timeout=300)
+    missing = re.search(r"No module named '(\w+)'", done.stdout)
     if missing:
         pytest.skip(f"{host.name} is at {host}, but this Python lacks {missing.group(1)}; run tests/run.sh")
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout
     return torch.load(result)
 
 
@@ -168,9 +168,9 @@ def test_a_single_safetensors_file_is_the_same_model(trained, tmp_path, monkeypa
     """Converted by sd-scripts. Its configuration comes from the Hub, which is a cache folder here."""
     host = hosts.sd_scripts()
     file = tmp_path / "tiny.safetensors"
-    command = [sys.executable, str(TESTS / "sd_scripts_host" / "convert.py"), str(host), str(model_folder()), str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    command = [str(TESTS / "sd_scripts_host" / "convert.py"), str(host), str(model_folder()), str(file)]
+    done = forks.run(command, [], timeout=300)
+    assert done.returncode == 0, done.stdout
     snapshot = tmp_path / "hub" / "models--stable-diffusion-v1-5--stable-diffusion-v1-5"
     shutil.copytree(model_folder(), snapshot / "snapshots" / "0")
     (snapshot / "refs").mkdir()
