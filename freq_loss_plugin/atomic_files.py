@@ -13,7 +13,7 @@ def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
     """Write a temporary file beside ``file`` and move it there, so a full disk or a killed process leaves the old one.
 
     Args:
-        file: the file to write; its folder is created if needed. Of several programs that write it, one wins.
+        file: the file to write; its folder is created if needed. Of several programs that write it, the last one wins.
         write: writes the content to the path it is given.
 
     Raises:

@@ -56,7 +56,7 @@ def measure_together(images: Sequence[TrainedImage]) -> dict[TrainedImage, Measu
     """
     images = sorted(images, key=repr)
     keys = measurement_cache.keys_of(images) if _is_first() else {}
-    # By their places: an image of a video is more than can be sent.
+    # By index: the data source of a video's frame cannot be pickled.
     known = in_one_process(lambda: [measurement_cache.read(keys).get(image) for image in images])
     missing = [image for image, one in zip(images, known, strict=True) if one is None]
     quiet = not _is_first()

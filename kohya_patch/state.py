@@ -6,8 +6,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from freq_loss_plugin import ConfigError
 from freq_loss_plugin.atomic_files import write_whole
 from freq_loss_plugin.training.messages import Message
 from freq_loss_plugin.training.term import FrequencyTerm
@@ -36,7 +39,7 @@ class StateFile:
         if not folder or not term.keeps_state:
             return
         file = Path(folder) / FILE
-        for part in term.load_state_dict(load_file(file) if file.is_file() else {}):
+        for part in term.load_state_dict(_load(file)):
             report.log(Message(f"freq_loss_{part} begins anew: {file} does not have it for these options", True))
 
     def save_with(self, accelerator: Accelerator) -> None:
@@ -52,3 +55,15 @@ class StateFile:
     def _save(self, _models: Any, _weights: Any, folder: str) -> None:
         state = self._term.state_dict()
         write_whole(Path(folder) / FILE, lambda part: save_file(state, str(part)))
+
+
+def _load(file: Path) -> dict[str, Tensor]:
+    """What a state file holds; empty where there is none.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    try:
+        return load_file(file) if file.is_file() else {}
+    except SafetensorError as error:
+        raise ConfigError(f"{file} is damaged ({error}); remove it, and what it kept begins anew") from None

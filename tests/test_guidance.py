@@ -240,5 +240,5 @@ def test_what_does_not_exist_is_named(given, words):
 
 
 def test_an_empty_folder_says_what_was_expected(tmp_path):
-    with pytest.raises(ConfigError, match="Expected .png, .* files in folders named like 10_mycat"):
+    with pytest.raises(ConfigError, match=r"Expected .png, .* files in folders named like 10_mycat"):
         find_images(train_data_dir=str(tmp_path))

@@ -16,7 +16,7 @@ from freq_loss_plugin import FreqLossConfig
 from freq_loss_plugin.training.monitor import DeferredScalars
 from freq_loss_plugin.training.passes import Pass
 from freq_loss_plugin.training.term import FrequencyTerm
-from kohya_patch.state import StateFile
+from kohya_patch.state import FILE, StateFile
 
 # The host's own warnings are none of this project's business.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -191,3 +191,6 @@ def test_a_state_without_our_file_begins_anew_with_a_warning(tmp_path, caplog):
     assert {name.partition(".")[0] for name in before} == {"balance", "gradient_ratio"}
     for name, value in before.items():
         assert torch.equal(after[name], value)
+    (tmp_path / FILE).write_bytes(b"damaged")
+    with pytest.raises(ConfigError, match=f"{FILE} is damaged .*; remove it"):
+        StateFile(args, FrequencyTerm(config, "flow", seed=1))

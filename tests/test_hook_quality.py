@@ -140,6 +140,24 @@ def test_an_extra_pass_counts_the_images_that_may_train_there(stand_ins):
     assert seen == {0.0, 1.0}
 
 
+@pytest.mark.parametrize("sampling", ["sigma", "sigmoid", "shift"])
+def test_noise_that_the_trainer_draws_by_itself_stays_what_it_is(stand_ins, sampling):
+    """``ip_noise_gamma``: bit for bit for samples that keep their timestep, and in the next batch."""
+    settings = {"timestep_sampling": sampling, "ip_noise_gamma": 0.1}
+    plain, stand_in = stand_ins.make("flux", **settings), stand_ins.make("flux", **settings)
+    images = [BAD, SHARP, WORSE]
+    install(stand_in, images)
+    for seed in range(1, 9):
+        plain.process_batch(seed=seed)
+        next_number = torch.rand(1)
+        stand_in.process_batch(seed=seed)
+        assert torch.equal(torch.rand(1), next_number)
+        before, after = plain.passes[-1], stand_in.passes[-1]
+        for sample, image in enumerate(images):
+            if before[2][sample] >= LEAST.get(image, 0):
+                assert all(torch.equal(one[sample], other[sample]) for one, other in zip(before, after, strict=True))
+
+
 @pytest.mark.parametrize("scheme", ["sigma_sqrt", "logit_normal"])
 def test_weights_by_sigma_are_those_of_the_timestep(stand_ins, scheme):
     """FLUX with a reshaped prediction: sd-scripts weighs the loss by the sigma of each sample."""

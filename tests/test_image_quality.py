@@ -248,12 +248,18 @@ def test_what_is_not_known_is_not_called_full_quality(encode, tmp_path):
     assert found.summary == "2 images: 1 full quality; 1 not known, train at every t"
 
 
+def one_color_beside_a_bad_one(folder):
+    Image.new("RGB", (128, 128), "red").save(folder / "red.png")
+    enlarged(scene(1), 8).save(folder / "x.png")
+
+
 def damaged(folder):
     (folder / "x.png").write_bytes(b"no image")
 
 
 BAD_INPUT = {
     "damaged": (damaged, "images that cannot be read: .*x.png"),
+    "all bad but one that tells nothing": (one_color_beside_a_bad_one, "none of the 2 images is sharp"),
     "all bad": (lambda folder: enlarged(scene(1), 8).save(folder / "x.png"), "none of the 1 images is sharp"),
 }
 
@@ -262,9 +268,8 @@ BAD_INPUT = {
 def test_what_cannot_be_used_is_an_error(encode, tmp_path, make, message):
     make(tmp_path)
     with pytest.raises(ConfigError, match=message):
-        survey(
-            [TrainedImage(tmp_path / "x.png", (128, 128))], FreqLossConfig(image_quality="auto"), encode, SNR, end=1000
-        )
+        images = [TrainedImage(file, (128, 128)) for file in tmp_path.iterdir()]
+        survey(images, FreqLossConfig(image_quality="auto"), encode, SNR, end=1000)
 
 
 def test_an_image_that_could_never_train_is_an_error(encode, tmp_path):

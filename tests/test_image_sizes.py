@@ -168,6 +168,14 @@ WRONG = {
 
 
 @pytest.mark.parametrize("options", WRONG.values(), ids=WRONG)
-def test_values_that_are_none_are_errors(options):
+def test_invalid_values_are_errors(options):
     with pytest.raises(ConfigError, match="expected "):
         read_buckets(options)
+
+
+def test_a_panorama_too_narrow_for_any_bucket_is_one_step_high():
+    """sd-scripts itself cannot make a bucket for it; `inspect` still looks at the other images."""
+    buckets = read_buckets({"resolution": 512, "enable_bucket": True, "bucket_no_upscale": True}, "sd-scripts")
+    for image in ((6000, 64), (64, 6000)):
+        assert min(buckets.resized(image)) > 0
+        assert min(buckets.bucket(image)) == 64

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 
@@ -222,6 +223,20 @@ def test_bad_images_train_above_their_least_timestep_and_sharp_ones_as_ever(name
     if mode == "off":  # above its least timestep, as the trainer draws there
         own = torch.stack([1000 * each[2] for each in before]).flatten()
         assert stats.ks_2samp(drawn[:, 1].numpy(), own[own >= 600].numpy()).pvalue > 1e-3
+
+
+def test_a_trainer_that_draws_elsewhere_is_refused(monkeypatch):
+    """It would ignore the timesteps that were chosen, and nothing else would show it."""
+    stand_in = musubi_stand_ins.make("flux_2")
+    install(stand_in, dist_match=0.05, timesteps="shared")
+    trainer = type(stand_in.trainer)
+    monkeypatch.setattr(
+        stand_in.trainer,
+        "get_noisy_model_input_and_timesteps",
+        functools.partial(trainer.get_noisy_model_input_and_timesteps, stand_in.trainer),
+    )
+    with pytest.raises(UnsupportedTrainerError, match=r"one call of get_noisy_model_input_and_timesteps .* found 0"):
+        stand_in.process_batch()
 
 
 def test_a_term_that_is_not_finite_stops_before_the_optimizer_steps():

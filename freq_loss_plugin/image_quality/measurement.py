@@ -163,7 +163,7 @@ def _in_steps(value: float, per_octave: int) -> float:
 
 
 class _Room:
-    """Lets threads in for as long as they do not hold too much together.
+    """Limits how much all threads hold at once.
 
     Args:
         most: what they may hold; who needs more than that is let in alone.

@@ -29,6 +29,8 @@ from .trained_image import TrainedImage
 FOLDER = "FREQ_LOSS_CACHE_DIR"
 # So many measurements are kept, about 10 MB; the oldest make room.
 _MOST = 50_000
+# The modules of this folder on which a measurement depends.
+_MEASURES = ("defects", "edges", "jpeg", "measurement", "noise", "pixels", "spectrum", "trained_image")
 
 # What reading a damaged file raises.
 _DAMAGED = (ValueError, TypeError, KeyError)
@@ -75,7 +77,7 @@ def add(keys: Mapping[TrainedImage, str], found: Mapping[TrainedImage, Any]) -> 
         return
     with contextlib.suppress(*_DAMAGED):
         new = {key: value for key, value in _load().items() if key not in new} | new
-    text = json.dumps(dict(list(new.items())[-_MOST:]), separators=(",", ":"))
+    text = json.dumps(dict(list(new.items())[-max(_MOST, len(keys)) :]), separators=(",", ":"))
     try:
         write_whole(cache_file(), lambda part: part.write_text(text, encoding="utf-8"))
     except (OSError, RuntimeError) as error:
@@ -116,8 +118,8 @@ def _key(image: TrainedImage) -> str | None:
 
 @lru_cache(maxsize=1)
 def _code() -> str:
-    """A hash of what measures: this folder, and what it uses."""
+    """A hash of what measures."""
     here = Path(__file__).parent
-    files = [*sorted(here.glob("*.py")), here.parent / "image_files.py", here.parent / "analysis" / "spectra.py"]
-    contents = b"".join(file.read_bytes() for file in files if file.is_file())
+    files = [*(here / f"{name}.py" for name in _MEASURES), here.parent / "image_files.py"]
+    contents = b"".join(file.read_bytes() for file in [*files, here.parent / "analysis" / "spectra.py"])
     return hashlib.blake2b(contents + PIL.__version__.encode(), digest_size=16).hexdigest()

@@ -20,8 +20,9 @@ def warn_of_old(images: Mapping[Path, Path], others: Iterable[Path] = ()) -> lis
         return []
     names = [f"{cache.name} (of {images[cache].name})" for cache in old]
     return [
-        f"{len(old)} images have changed since their latents were cached; the run trains the earlier ones, while their "
-        f"quality is that of the new ones: {listed(names)}; delete these caches, and cache the latents again"
+        f"{len(old)} images are newer than their cached latents, or of another size: {listed(names)}. If they were "
+        "replaced, the run trains the earlier ones, at the quality of the new ones: delete these caches, and cache the "
+        "latents again"
     ]
 
 

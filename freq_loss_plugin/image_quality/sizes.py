@@ -82,7 +82,8 @@ class Buckets:
         return _rounded(height * ratio), height
 
     def _in_steps(self, side: float) -> int:
-        return _rounded(side) // self.step * self.step
+        """At least one step: of an image so narrow that sd-scripts cannot make a bucket for it, too."""
+        return max(self.step, _rounded(side) // self.step * self.step)
 
     def _nearest(self, image: Size) -> Size:
         """The bucket of the nearest shape."""
@@ -128,7 +129,7 @@ def read_buckets(options: Mapping[str, Any], program: Program = "sd-scripts") ->
         program: the one that reads them.
 
     Raises:
-        ConfigError: a value that is none.
+        ConfigError: an invalid value.
     """
     is_musubi = program == "musubi-tuner"
     resolution = options.get("resolution", (960, 544) if is_musubi else None)

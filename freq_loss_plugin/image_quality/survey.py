@@ -107,7 +107,8 @@ def survey(
     least = {image: value for image, value in (least | fixed).items() if value > 0}
     _check_reachable(least, end)
     found = found if is_auto else {}
-    sharp = [image for image in images if image not in least and (image not in found or found[image].is_known)]
+    others = [image for image in images if image not in least and image not in defects]
+    sharp = [image for image in others if image not in found or found[image].is_known]
     return Survey(least, _summary(images, defects, least, len(sharp)), _warnings(found, images, least, len(sharp)))
 
 
@@ -121,14 +122,13 @@ def check_readable(found: Mapping[TrainedImage, Measured]) -> dict[TrainedImage,
 
 
 def pick_references(found: Mapping[TrainedImage, Measurement]) -> list[TrainedImage]:
-    """Some good images that are large enough, from all over the set; those whose sharpness is known, if there are any.
+    """Some images of full quality that are large enough, from all over the set.
 
     Args:
         found: the measurements.
     """
-    good = [image for image, one in found.items() if not one.defect and min(one.trained) >= GRANULARITY]
-    known = [image for image in good if found[image].blur is not None]
-    chosen = sorted(known or good, key=repr)
+    good = [image for image, one in found.items() if one.is_good and min(one.trained) >= GRANULARITY]
+    chosen = sorted(good, key=repr)
     return chosen[:: max(1, -(-len(chosen) // _REFERENCES))]
 
 
@@ -205,8 +205,10 @@ def _summary(
 ) -> str:
     """``24 images: 6 full quality; 18 at 12% of the resolution, train at t >= 690``."""
     groups = Counter((_quality(defects.get(image)), value) for image, value in least.items())
-    unknown = len(images) - len(least) - sharp
-    parts = [f"{sharp} full quality", *([f"{unknown} not known, train at every t"] if unknown else [])]
+    slight = len(defects.keys() - least.keys())
+    everywhere = {"not known": len(images) - len(least) - slight - sharp, "with slight defects": slight}
+    parts = [f"{sharp} full quality"]
+    parts += [f"{count} {kind}, train at every t" for kind, count in everywhere.items() if count]
     shown = groups.most_common(_MOST_LISTED)
     parts += [f"{count} {quality}, train at t >= {value}" for (quality, value), count in shown]
     rest = sum(groups.values()) - sum(count for _, count in shown)

@@ -127,5 +127,5 @@ class _Sum(torch.autograd.Function):
 
 @lru_cache(maxsize=1)
 def _host_group() -> Any:
-    """Gloo, over which processes speak without their devices; None is the default group, where that is gloo."""
+    """A gloo group for tensors on the CPU; None is the default group, where that is gloo."""
     return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")

@@ -13,7 +13,7 @@ the batch size, the model and ``dist_match``; from one batch to the next it may 
 Batches without a term, or whose gradient is 0 or not finite, leave the averages alone. The extra pass of ``unified``
 comes before the base pass; in the first batch the gradient that plain MSE would have in the extra pass is used in place
 of g_b. The gain is within `BOUNDS`. Processes take the mean of the squared norms of those that have a term in a batch,
-so that all agree on the gain.
+so that all agree on the gain; samples that are left out of a term count as 0.
 
 **Cosine** (``freq_loss_grad_cosine``). The cosine similarity of g_f and g_b. The extra pass of ``unified`` has a
 prediction of its own, at which there is no base loss; there, too, plain MSE is used in its place.
@@ -191,8 +191,11 @@ class GradientRatio:
         return {} if self._averages is None else {"averages": self._averages.to("cpu", copy=True)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> bool:
-        """Go on with what `state_dict` returned; whether it fits."""
-        self._averages = state["averages"].clone()
+        """Go on with what `state_dict` returned; False where it is something else."""
+        averages = state.get("averages")
+        if averages is None or averages.shape != (2, 2):
+            return False
+        self._averages = averages.clone()
         return True
 
 

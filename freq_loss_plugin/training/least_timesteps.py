@@ -21,6 +21,7 @@ from .timesteps import Draws
 _CPU = torch.device("cpu")
 # Of these, some 450 are above the highest least timestep, 900, where timesteps are drawn from a logit-normal.
 DRAWN = 2**15
+_SAMPLE = 16
 
 
 class TimestepPools:
@@ -33,6 +34,8 @@ class TimestepPools:
     def __init__(self, stream: str) -> None:
         self._stream = stream
         self._pools: dict[Hashable, Tensor] = {}
+        # Some draws in one random stream are the same where the distribution is.
+        self._of_sample: dict[tuple[float, ...], Tensor] = {}
 
     def above(self, least: Tensor, draws: Draws, stream: str) -> Tensor:
         """One timestep for each sample, from its distribution above its least timestep.
@@ -55,10 +58,14 @@ class TimestepPools:
         return picked
 
     def _pool(self, key: Hashable, draw: Callable[[int], Tensor]) -> Tensor:
-        """Sorted draws, float32."""
+        """Sorted draws, float32; the same ones for all sizes on which the distribution does not depend."""
         if key not in self._pools:
-            with separate_random_stream(f"{self._stream}:{key}", _CPU):
-                self._pools[key] = draw(DRAWN).float().sort().values
+            with separate_random_stream(self._stream, _CPU):
+                sample = tuple(draw(_SAMPLE).tolist())
+            if sample not in self._of_sample:
+                with separate_random_stream(f"{self._stream}:{len(self._of_sample)}", _CPU):
+                    self._of_sample[sample] = draw(DRAWN).float().sort().values
+            self._pools[key] = self._of_sample[sample]
         return self._pools[key]
 
 

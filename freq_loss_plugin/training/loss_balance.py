@@ -127,7 +127,7 @@ class LossBalance:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> bool:
         """Go on with what `state_dict` returned; False where it is that of the other mode."""
-        if state["means"].shape != self._means.shape:
+        if any(name not in state for name in ("means", "counts")) or state["means"].shape != self._means.shape:
             return False
         self._means, self._counts = state["means"].clone(), state["counts"].clone()
         return True

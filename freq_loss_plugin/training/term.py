@@ -170,7 +170,7 @@ class FrequencyTerm:
 
     @torch.no_grad()
     def evaluate(self, passed: Pass) -> FrequencyLoss:
-        """The term of a pass by itself: without the batch history, other processes, or a gradient."""
+        """The term of a pass by itself: without other processes or a gradient."""
         return self._loss(passed, passed.prediction)
 
     def validate(self, passed: Pass, clean: Tensor) -> None:

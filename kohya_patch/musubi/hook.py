@@ -37,6 +37,7 @@ from ..host import UnsupportedTrainerError
 from ..image_quality import ImageQuality
 from ..protocols import Handle
 from . import timesteps
+from .host import MUSUBI
 from .trainers import TrainingRun
 
 _NOISY, _PASS = "get_noisy_model_input_and_timesteps", "call_dit"
@@ -56,8 +57,10 @@ class LossHook(Hook):
         self, run: TrainingRun, config: FreqLossConfig, network_module: str, quality: ImageQuality | None = None
     ) -> None:
         super().__init__(run, config, network_module, quality)
-        # Of the current batch: whether its own pass is being made, its plan, and what came of it.
+        # Of the current batch: whether its own pass is being made, how often that chose timesteps, its plan, and what
+        # came of it.
         self._is_base_pass = False
+        self._choices = 0
         self._plan: Plan | None = None
         self._passed: Pass | None = None
         self._step_has_ended = False
@@ -96,7 +99,7 @@ class LossHook(Hook):
         self._plan = self.term.plan(least)
         if self._plan.extra is not None:
             self._extra_pass(call, self._plan)
-        self._is_base_pass = True
+        self._is_base_pass, self._choices = True, 0
         try:
             base_loss, metrics = process_batch(*arguments, **named)
         finally:
@@ -107,12 +110,15 @@ class LossHook(Hook):
                 f"{type(self._trainer).__name__}.process_batch did not call {_PASS}, in which the frequency loss finds "
                 "the prediction; this musubi-tuner is newer than this plug-in knows"
             )
+        if self._plan.chooses and self._choices != 1:
+            raise MUSUBI.unsupported(type(self._trainer), f"one call of {_NOISY} in a batch", str(self._choices))
         return self.term.join(passed, base_loss), metrics
 
     def _get_noisy_model_input_and_timesteps(self, *arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
         method = self._methods.original(_NOISY)
         if not self._is_base_pass or self._plan is None or not self._plan.chooses:
             return method(*arguments, **named)
+        self._choices += 1
         given = self._methods.bind(_NOISY, *arguments, **named).arguments
         return timesteps.chosen(method, given, self.term.choose, self._plan.own_stream)
 

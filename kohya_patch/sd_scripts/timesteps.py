@@ -58,7 +58,8 @@ class TimestepChoice:
 
     The trainer's own drawing function is called with empty latents for what it would draw by itself, and once more, in
     a random stream of its own, for the result at the chosen timesteps. So its random numbers are used up as ever, and a
-    sample that keeps its timestep also keeps its noise.
+    sample that keeps its timestep also keeps its noise. With ``ip_noise_gamma`` it also draws noise of its own, and is
+    called with the latents themselves.
 
     Args:
         kind: how the trainer's model predicts.
@@ -88,9 +89,11 @@ class TimestepChoice:
                 return chosen[-1].to(given["device"], non_blocking=True)
             # SD3 draws on the CPU, and calculates with its limits there.
             device = _CPU if self._kind == "sample" else given["device"]
-            own = original(**_empty(given, len(given["latents"]), device))
+            perturbed = bool(getattr(given["args"], "ip_noise_gamma", None))
+            own = original(**given if perturbed else _empty(given, len(given["latents"]), device))
             chosen.append(choose(_noise_level_draws(original, given, own)))
-            return _at_noise_levels(self._kind, original, given, own, chosen[-1], stream)
+            results = _at_noise_levels(self._kind, original, given, own, chosen[-1], stream)
+            return _kept(own, results, chosen[-1]) if perturbed else results
 
         with self._drawing.replaced_by(draw_chosen):
             yield chosen
@@ -180,6 +183,18 @@ def _with_offsets(draw: Callable[..., Tensor], args: argparse.Namespace, offsets
     return SampleDistributions(
         lambda: draw(len(offsets), **{OFFSET: offsets}), density_ratio, offsets.tolist(), draw_kind
     )
+
+
+def _kept(own: tuple[Any, ...], results: tuple[Any, ...], chosen: Tensor) -> tuple[Any, ...]:
+    """What the trainer drew by itself for samples that keep their timesteps, and the results for the others."""
+    keeps = own[1] == chosen.to(own[1].device, non_blocking=True)
+
+    def choose(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+        if one is None or other is None:
+            return other
+        return torch.where(keeps.view(-1, *(1,) * (one.ndim - 1)), one, other)
+
+    return tuple(map(choose, own, results))
 
 
 def _fix_sigma(args: argparse.Namespace, shift: Tensor | float) -> None:
