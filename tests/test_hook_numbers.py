@@ -12,7 +12,7 @@ import torch
 from hooked import NAMES, expected_bands, install
 from torch import autocast
 
-from freq_loss_plugin import FreqLossConfig
+from freq_loss_plugin import ConfigError, FreqLossConfig
 from freq_loss_plugin.training.monitor import DeferredScalars
 from freq_loss_plugin.training.passes import Pass
 from freq_loss_plugin.training.term import FrequencyTerm

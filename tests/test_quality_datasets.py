@@ -91,7 +91,7 @@ def test_caches_of_earlier_images_are_named(stand_ins, images):
     scene(1).save(image)
     os.utime(image, (2e9, 2e9))
     (warning,) = make_quality(run, AUTO, vae()).survey.warnings
-    assert warning.startswith("1 images have changed since their latents were cached")
+    assert warning.startswith("1 images are newer than their cached latents")
     assert "01.npz (of 01.png)" in warning
     assert "00.npz" not in warning
 
@@ -180,6 +180,6 @@ def test_musubi_tuners_caches_of_earlier_images_are_named(musubi_run, images):
     os.utime(images / "1_sharp" / "00.png", (1e9, 1e9))
     os.utime(images / "clip.mp4", (2e9, 2e9))
     (warning,) = make_quality(musubi_run, AUTO).survey.warnings
-    assert warning.startswith("4 images have changed")
+    assert warning.startswith("4 images are newer")
     for name in ("00_0128x0128_wan.safetensors (of 00.png)", "clip_00004-009_0128x0128_wan.safetensors (of clip.mp4)"):
         assert warning.count(name) == 2
