@@ -267,8 +267,8 @@ BAD_INPUT = {
 @pytest.mark.parametrize(("make", "message"), BAD_INPUT.values(), ids=BAD_INPUT)
 def test_what_cannot_be_used_is_an_error(encode, tmp_path, make, message):
     make(tmp_path)
+    images = [TrainedImage(file, (128, 128)) for file in tmp_path.iterdir()]
     with pytest.raises(ConfigError, match=message):
-        images = [TrainedImage(file, (128, 128)) for file in tmp_path.iterdir()]
         survey(images, FreqLossConfig(image_quality="auto"), encode, SNR, end=1000)
 
 

@@ -70,11 +70,13 @@ def test_where_there_is_nothing_above_the_least_itself_is_taken():
     assert TimestepPools("pool").above(torch.tensor([0, 500]), nothing, "s").tolist() == [0, 500]
 
 
-def test_only_what_is_below_is_raised_and_no_other_random_number_changes():
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+def test_only_what_is_below_is_raised_and_no_other_random_number_changes(dtype):
     timesteps = torch.tensor([5, 400, 10, 999])
     draws = draws_of(uniform)
-    state = torch.get_rng_state()
-    above = TimestepPools("pool").above(LEAST, draws, "stream")
+    state, given = torch.get_rng_state(), LEAST.to(dtype, copy=True)
+    above = TimestepPools("pool").above(given, draws, "stream")
+    assert torch.equal(given, LEAST.to(dtype))
     assert torch.equal(torch.get_rng_state(), state)
     result = raised(timesteps, LEAST, above)
     assert result.tolist() == [5, 400, above[2].item(), 999]

@@ -49,7 +49,7 @@ class TimestepPools:
             Shape (B,), on the CPU. Where a distribution has nothing above a least timestep, that itself.
         """
         chance = torch.rand(len(least), generator=named_generator(stream), dtype=torch.float64)
-        picked = least.to(torch.float32)
+        picked = least.to(torch.float32, copy=True)
         for kind in set(draws.kinds):
             of_kind = torch.tensor([kind == each for each in draws.kinds]) & (least > 0)
             if of_kind.any():
