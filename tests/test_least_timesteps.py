@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from scipy import stats
@@ -32,7 +34,8 @@ def draws_of(draw, per_sample=None, count=COUNT):
 def test_each_sample_has_the_distribution_above_its_least(draw):
     pools = TimestepPools("pool")
     found = torch.stack([pools.above(LEAST, draws_of(draw), f"stream:{n}") for n in range(1500)])
-    own = draw(100_000)
+    torch.manual_seed(1)
+    own = draw(1_000_000)
     for samples, least in zip(found.unbind(dim=1)[1:], LEAST[1:], strict=True):
         assert samples.min() >= least
         assert stats.ks_2samp(samples, own[own >= least]).pvalue > 1e-3
@@ -51,18 +54,28 @@ def test_samples_may_have_distributions_of_their_own():
         assert stats.kstest(found[:, sample], stats.uniform(first, end - first).cdf).pvalue > 1e-3
 
 
-def test_a_trainer_is_asked_once_for_each_size():
+def test_a_trainer_is_asked_once_for_each_distribution():
+    """Of three sizes two have the same one."""
     asked = []
 
-    def draw(count):
+    def draw(count, shift=0.0):
         asked.append(count)
-        return logit_normal(count)
+        return 1000 * torch.sigmoid(torch.randn(count) + shift)
 
     pools = TimestepPools("pool")
     for number in range(50):
-        for size in ((128, 128), (64, 96)):
-            pools.above(LEAST, Draws(torch.zeros(COUNT), draw, size), f"{number}")
-    assert asked == [DRAWN] * 2
+        for size, shift in (((128, 128), 0.0), ((64, 96), 0.0), ((32, 32), 1.0)):
+            draws = Draws(torch.zeros(COUNT), functools.partial(draw, shift=shift), size)
+            pools.above(torch.tensor([0, 300, 700, 800]), draws, f"{number}")
+    assert sum(asked) == 2 * DRAWN + 3 * 16
+
+
+def test_more_is_drawn_where_little_lies_above():
+    rare = Draws(torch.zeros(1), lambda count: 1000 * torch.rand(count) ** 50, (8, 8))
+    pools = TimestepPools("pool")
+    found = [float(pools.above(torch.tensor([900]), rare, f"{number}")) for number in range(300)]
+    assert min(found) >= 900
+    assert len(set(found)) > 100
 
 
 def test_where_there_is_nothing_above_the_least_itself_is_taken():

@@ -4,8 +4,9 @@ A sample whose least timestep is L trains at t ~ p(t | t >= L), p being the trai
 stays where it already is above, and samples without a least timestep keep theirs.
 
 To draw below L again and again would call the trainer's function hundreds of times in a batch. Instead `DRAWN`
-timesteps are drawn from it once, the first time that one is needed, and kept sorted: those from L on are a sample of
-p(t | t >= L), from which one is picked. All of this has random streams of its own, so nothing else in a run changes.
+timesteps are drawn from it once, the first time that one is needed (more where few lie above L), and kept sorted: those
+from L on are a sample of p(t | t >= L), from which one is picked. All of this has random streams of its own, so nothing
+else in a run changes.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from .random_streams import named_generator, separate_random_stream
 from .timesteps import Draws
 
 _CPU = torch.device("cpu")
-# Of these, some 450 are above the highest least timestep, 900, where timesteps are drawn from a logit-normal.
-DRAWN = 2**15
+# So many at a time, until so many are above a least timestep: of a logit-normal, some 450 of the first are above 900.
+DRAWN, _FEWEST_ABOVE, MOST_DRAWN = 2**15, 256, 2**18
 _SAMPLE = 16
 
 
@@ -33,9 +34,9 @@ class TimestepPools:
 
     def __init__(self, stream: str) -> None:
         self._stream = stream
-        self._pools: dict[Hashable, Tensor] = {}
-        # Some draws in one random stream are the same where the distribution is.
-        self._of_sample: dict[tuple[float, ...], Tensor] = {}
+        # Of each size and kind some draws in one random stream: the same where the distribution is.
+        self._samples: dict[Hashable, tuple[float, ...]] = {}
+        self._pools: dict[tuple[float, ...], Tensor] = {}
 
     def above(self, least: Tensor, draws: Draws, stream: str) -> Tensor:
         """One timestep for each sample, from its distribution above its least timestep.
@@ -53,20 +54,22 @@ class TimestepPools:
         for kind in set(draws.kinds):
             of_kind = torch.tensor([kind == each for each in draws.kinds]) & (least > 0)
             if of_kind.any():
-                pool = self._pool((draws.size, kind), draws.of_kind(kind))
+                pool = self._pool((draws.size, kind), draws.of_kind(kind), float(picked[of_kind].max()))
                 picked[of_kind] = _pick(pool, picked[of_kind], chance[of_kind])
         return picked
 
-    def _pool(self, key: Hashable, draw: Callable[[int], Tensor]) -> Tensor:
-        """Sorted draws, float32; the same ones for all sizes on which the distribution does not depend."""
-        if key not in self._pools:
+    def _pool(self, key: Hashable, draw: Callable[[int], Tensor], least: float) -> Tensor:
+        """Sorted draws, float32, with enough from ``least`` on; one pool for all sizes that do not matter."""
+        if key not in self._samples:
             with separate_random_stream(self._stream, _CPU):
-                sample = tuple(draw(_SAMPLE).tolist())
-            if sample not in self._of_sample:
-                with separate_random_stream(f"{self._stream}:{len(self._of_sample)}", _CPU):
-                    self._of_sample[sample] = draw(DRAWN).float().sort().values
-            self._pools[key] = self._of_sample[sample]
-        return self._pools[key]
+                self._samples[key] = tuple(draw(_SAMPLE).tolist())
+        sample = self._samples[key]
+        pool = self._pools.get(sample, torch.empty(0))
+        while len(pool) < MOST_DRAWN and int((pool >= least).sum()) < _FEWEST_ABOVE:
+            with separate_random_stream(f"{self._stream}:{sample}:{len(pool)}", _CPU):
+                pool = torch.cat([pool, draw(DRAWN).float()]).sort().values
+            self._pools[sample] = pool
+        return pool
 
 
 def _pick(pool: Tensor, least: Tensor, chance: Tensor) -> Tensor:
