@@ -11,12 +11,14 @@ else in a run changes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+import random
+from bisect import bisect_left
+from collections.abc import Hashable
 
 import torch
 from torch import Tensor
 
-from .random_streams import named_generator, separate_random_stream
+from .random_streams import separate_random_stream
 from .timesteps import Draws
 
 _CPU = torch.device("cpu")
@@ -36,7 +38,7 @@ class TimestepPools:
         self._stream = stream
         # Of each size and kind some draws in one random stream: the same where the distribution is.
         self._samples: dict[Hashable, tuple[float, ...]] = {}
-        self._pools: dict[tuple[float, ...], Tensor] = {}
+        self._pools: dict[tuple[float, ...], list[float]] = {}
 
     def above(self, least: Tensor, draws: Draws, stream: str) -> Tensor:
         """One timestep for each sample, from its distribution above its least timestep.
@@ -47,36 +49,35 @@ class TimestepPools:
             stream: names the random stream of the picks.
 
         Returns:
-            Shape (B,), on the CPU. Where a distribution has nothing above a least timestep, that itself.
+            Shape (B,), float32, on the CPU. Where a distribution has nothing above a least timestep, that itself.
         """
-        chance = torch.rand(len(least), generator=named_generator(stream), dtype=torch.float64)
-        picked = least.to(torch.float32, copy=True)
-        for kind in set(draws.kinds):
-            of_kind = torch.tensor([kind == each for each in draws.kinds]) & (least > 0)
-            if of_kind.any():
-                pool = self._pool((draws.size, kind), draws.of_kind(kind), float(picked[of_kind].max()))
-                picked[of_kind] = _pick(pool, picked[of_kind], chance[of_kind])
-        return picked
+        chances = random.Random(stream)
+        # Plain numbers: for a few samples, tensors would take several times as long.
+        return torch.tensor(
+            [
+                self._pick(floor, draws, kind, chances.random()) if floor > 0 else 0.0
+                for floor, kind in zip(least.tolist(), draws.kinds, strict=True)
+            ]
+        )
 
-    def _pool(self, key: Hashable, draw: Callable[[int], Tensor], least: float) -> Tensor:
-        """Sorted draws, float32, with enough from ``least`` on; one pool for all sizes that do not matter."""
+    def _pick(self, floor: float, draws: Draws, kind: Hashable, chance: float) -> float:
+        sample = self._sample(draws, kind)
+        pool = self._pools.get(sample, [])
+        first = bisect_left(pool, floor)
+        while len(pool) - first < _FEWEST_ABOVE and len(pool) < MOST_DRAWN:
+            with separate_random_stream(f"{self._stream}:{sample}:{len(pool)}", _CPU):
+                pool = sorted([*pool, *draws.of_kind(kind)(DRAWN).tolist()])
+            self._pools[sample] = pool
+            first = bisect_left(pool, floor)
+        return pool[first + int(chance * (len(pool) - first))] if first < len(pool) else floor
+
+    def _sample(self, draws: Draws, kind: Hashable) -> tuple[float, ...]:
+        """By which pools are known, so that there is one for all sizes of latents that do not matter."""
+        key = draws.size, kind
         if key not in self._samples:
             with separate_random_stream(self._stream, _CPU):
-                self._samples[key] = tuple(draw(_SAMPLE).tolist())
-        sample = self._samples[key]
-        pool = self._pools.get(sample, torch.empty(0))
-        while len(pool) < MOST_DRAWN and int((pool >= least).sum()) < _FEWEST_ABOVE:
-            with separate_random_stream(f"{self._stream}:{sample}:{len(pool)}", _CPU):
-                pool = torch.cat([pool, draw(DRAWN).float()]).sort().values
-            self._pools[sample] = pool
-        return pool
-
-
-def _pick(pool: Tensor, least: Tensor, chance: Tensor) -> Tensor:
-    """One of the timesteps from ``least`` on for each sample, ``chance`` in 0..1 saying which."""
-    first = torch.searchsorted(pool, least)
-    index = first + (chance * (len(pool) - first)).long()
-    return torch.where(first < len(pool), pool[index.clamp(max=len(pool) - 1)], least)
+                self._samples[key] = tuple(draws.of_kind(kind)(_SAMPLE).tolist())
+        return self._samples[key]
 
 
 def raised(timesteps: Tensor, least: Tensor, above: Tensor) -> Tensor:
