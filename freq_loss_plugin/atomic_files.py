@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,20 @@ def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
     Raises:
         OSError: it cannot be written; the message names the file and the cause.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f"{file.name}.{secrets.token_hex(4)}.part")
+    target = Path(os.path.realpath(file))  # what a link leads to
+    part = target.with_name(f".{secrets.token_hex(6)}.part")
     try:
-        try:
-            part.touch(exist_ok=False)
-            mode = part.stat().st_mode  # as the user wants new files; safetensors creates some that only they can read
-            write(part)
-        except Exception as error:  # safetensors, torch and matplotlib raise errors of their own for a full disk
-            raise OSError(f"{file} cannot be written: {error}") from error
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part.touch(exist_ok=False)
+        # As the user wants new files, or has this one; safetensors creates some that only their owner can read.
+        mode = (target if target.exists() else part).stat().st_mode
+        write(part)
         with part.open("rb+") as written:
             os.fsync(written.fileno())
         part.chmod(mode)
-        part.replace(file)
+        part.replace(target)
+    except Exception as error:  # safetensors, torch and matplotlib raise errors of their own for a full disk
+        raise OSError(f"{file} cannot be written: {error}") from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)

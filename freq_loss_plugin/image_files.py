@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 from collections.abc import Iterable
 from contextlib import suppress
@@ -17,7 +18,8 @@ ROTATED = "stored rotated: trained as it is stored, as in sd-scripts; rotate its
 NOTES = (TRANSPARENT, DEEP, ROTATED)
 # What Pillow and its plug-ins raise for files that are damaged, or no images.
 UNREADABLE = (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError)
-_UPRIGHT = 1
+# Of EXIF's eight orientations, 1 is upright.
+_ROTATIONS = range(2, 9)
 _DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "F")
 
 
@@ -51,6 +53,8 @@ def why_unreadable(file: Path, error: Exception) -> str:
         return "there is no permission to read it"
     if isinstance(error, FileNotFoundError):
         return "a link to a file that is not there" if file.is_symlink() else "there is no such file"
+    if isinstance(error, OSError) and error.errno == errno.ELOOP:
+        return "a link that leads in a circle"
     if not file.stat().st_size:
         return "an empty file"
     if isinstance(error, UnidentifiedImageError):
@@ -93,6 +97,6 @@ def notes(image: Image.Image) -> list[str]:
     found = {
         TRANSPARENT: is_transparent(image),
         DEEP: image.mode in _DEEP_MODES,
-        ROTATED: image.getexif().get(ExifTags.Base.Orientation, _UPRIGHT) != _UPRIGHT,
+        ROTATED: image.getexif().get(ExifTags.Base.Orientation) in _ROTATIONS,
     }
     return [note for note, holds in found.items() if holds]

@@ -208,18 +208,26 @@ def is_musubi(dataset: Mapping[str, Any]) -> bool:
 def _from_config(file: Path) -> Iterator[tuple[Mapping[str, Any], list[_Entry]]]:
     """The options of each data set, and what it names."""
     config = _read_config(file)
-    datasets = config.get("datasets", [])
-    if not isinstance(datasets, list) or not all(isinstance(each, Mapping) for each in datasets):
-        raise ConfigError(f"dataset_config = {str(file)!r}: expected [[datasets]], with double brackets")
-    for number, dataset in enumerate(datasets, 1):
+    if not isinstance(config, Mapping) or not isinstance(config.get("general", {}), Mapping):
+        raise ConfigError(f"dataset_config = {str(file)!r}: expected [general] and [[datasets]]")
+    for number, dataset in enumerate(_tables(file, config, "datasets"), 1):
         if not dataset.get("subsets") and not is_musubi(dataset):
             raise ConfigError(
                 f"dataset_config = {str(file)!r}: number {number} of its [[datasets]] names no images. Expected "
                 f"[[datasets.subsets]] with image_dir (sd-scripts), or {', '.join(_MUSUBI_SOURCES)} (musubi-tuner)"
             )
         options, key = {**config.get("general", {}), **dataset}, f"dataset_config = {str(file)!r}: "
-        subsets = [entry for each in dataset.get("subsets", []) for entry in _from_subset(f"{key}image_dir", each)]
+        tables = _tables(file, dataset, "subsets", "datasets.")
+        subsets = [entry for each in tables for entry in _from_subset(f"{key}image_dir", each)]
         yield options, [*subsets, *_from_musubi(key, options)]
+
+
+def _tables(file: Path, config: Mapping[str, Any], name: str, prefix: str = "") -> list[Mapping[str, Any]]:
+    """An array of tables; empty where there is none."""
+    tables = config.get(name, [])
+    if not isinstance(tables, list) or not all(isinstance(each, Mapping) for each in tables):
+        raise ConfigError(f"dataset_config = {str(file)!r}: expected [[{prefix}{name}]], with double brackets")
+    return tables
 
 
 def _from_subset(key: str, subset: Mapping[str, Any]) -> Iterator[_Entry]:

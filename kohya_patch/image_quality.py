@@ -15,6 +15,7 @@ from torch import Tensor
 
 from freq_loss_plugin import ConfigError
 from freq_loss_plugin.image_quality import measurement_cache
+from freq_loss_plugin.image_quality.measurement import Measurement
 from freq_loss_plugin.image_quality.measuring import Measured, measure_anew
 from freq_loss_plugin.image_quality.survey import Survey
 from freq_loss_plugin.image_quality.trained_image import TrainedImage
@@ -55,9 +56,14 @@ def measure_together(images: Sequence[TrainedImage]) -> dict[TrainedImage, Measu
         ConfigError: a process has failed, and said why.
     """
     images = sorted(images, key=repr)
-    keys = measurement_cache.keys_of(images) if _is_first() else {}
-    # By index: the data source of a video's frame cannot be pickled.
-    known = in_one_process(lambda: [measurement_cache.read(keys).get(image) for image in images])
+    keys: dict[TrainedImage, str] = {}  # of the first process, which alone reads and writes
+
+    def read() -> list[Measurement | None]:
+        keys.update(measurement_cache.keys_of(images))
+        found = measurement_cache.read(keys)
+        return [found.get(image) for image in images]  # by index: the source of a video's frame cannot be pickled
+
+    known = in_one_process(read)
     missing = [image for image, one in zip(images, known, strict=True) if one is None]
     quiet = not _is_first()
     shares = _in_every_process(lambda: list(measure_anew(process_share(missing), quiet=quiet).values()))

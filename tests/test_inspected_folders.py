@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import bad_images
 import pytest
@@ -12,6 +12,7 @@ from PIL import Image
 
 from freq_loss_plugin import ConfigError, image_files, image_folders
 from freq_loss_plugin.__main__ import main
+from freq_loss_plugin.inspection import findings
 
 pytest.importorskip("diffusers")
 
@@ -255,3 +256,32 @@ def test_a_photo_that_is_stored_rotated_is_something_to_do(tmp_path, capsys):
     assert images["photo.jpg"]["quality"] == "full quality"
     assert f"1 images are {image_files.ROTATED}." in out
     assert "Nothing to do" not in out
+
+
+WRONG_SHAPES = {
+    "subsets.toml": ('[[datasets]]\n[datasets.subsets]\nimage_dir = "x"\n', r"expected \[\[datasets.subsets\]\]"),
+    "text.toml": ('[[datasets]]\nsubsets = "x"\n', r"expected \[\[datasets.subsets\]\]"),
+    "general.toml": ("general = [1]\n[[datasets]]\n", r"expected \[general\] and \[\[datasets\]\]"),
+    "list.json": ("[1, 2]", r"expected \[general\] and \[\[datasets\]\]"),
+}
+
+
+@pytest.mark.parametrize(("name", "case"), WRONG_SHAPES.items(), ids=WRONG_SHAPES)
+def test_a_dataset_config_of_another_shape_is_an_error(tmp_path, name, case):
+    text, message = case
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        image_folders.find(dataset_config=str(tmp_path / name))
+
+
+def test_a_link_in_a_circle_is_an_image_that_cannot_be_read(tmp_path, capsys):
+    folder = bad_images.write(tmp_path / "1_cat", [bad_images.scene(1)])
+    (folder / "loop.png").symlink_to("loop.png")
+    assert main(["inspect", "--train_data_dir", str(tmp_path)]) == 1
+    assert "1 not readable" in capsys.readouterr().out
+
+
+def test_images_on_several_drives_have_no_common_folder():
+    one, near, far = map(PureWindowsPath, ("C:/a/1.png", "C:/b/2.png", "D:/b/2.png"))
+    assert findings._common_folder([one, near]) == PureWindowsPath("C:/")
+    assert findings._common_folder([one, far]) is None

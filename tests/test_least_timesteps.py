@@ -66,7 +66,7 @@ def test_a_trainer_is_asked_once_for_each_distribution():
     for number in range(50):
         for size, shift in (((128, 128), 0.0), ((64, 96), 0.0), ((32, 32), 1.0)):
             draws = Draws(torch.zeros(COUNT), functools.partial(draw, shift=shift), size)
-            pools.above(torch.tensor([0, 300, 700, 800]), draws, f"{number}")
+            pools.above(torch.tensor([0, 300, 500, 600]), draws, f"{number}")
     assert sum(asked) == 2 * DRAWN + 3 * 16
 
 

@@ -33,7 +33,7 @@ _MOST = 50_000
 _MEASURES = ("defects", "edges", "jpeg", "measurement", "noise", "pixels", "spectrum", "trained_image")
 
 # What reading a damaged file raises.
-_DAMAGED = (ValueError, TypeError, KeyError)
+_DAMAGED = (ValueError, TypeError, KeyError, ArithmeticError)
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 def cache_file() -> Path:
     """The file: in the folder that `FOLDER` names, or in the platform's folder for caches."""
     if os.environ.get(FOLDER):
-        return Path(os.environ[FOLDER]) / "image_quality.json"
+        return Path(os.environ[FOLDER]).expanduser() / "image_quality.json"
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if not base.is_absolute():  # which is to be ignored
         usual = {"win32": "~/AppData/Local", "darwin": "~/Library/Caches"}.get(sys.platform, "~/.cache")
@@ -101,13 +101,15 @@ def _load() -> dict[str, Any]:
 
 def _measurement(kept: Mapping[str, Any]) -> Measurement:
     tuples = {name: tuple(kept[name]) for name in ("size", "trained", "notes")}
-    return Measurement(**{**kept, **tuples})
+    one = Measurement(**{**kept, **tuples})
+    _ = one.defect, "; ".join(one.notes)  # fails now where a value is none that was measured
+    return one
 
 
 def _key(image: TrainedImage) -> str | None:
     try:
-        file = image.file.resolve()
-        found = file.stat()
+        file = os.path.realpath(image.file)  # which, unlike `Path.resolve`, has an answer for links in a circle
+        found = Path(file).stat()
     except OSError:
         return None
     if not stat.S_ISREG(found.st_mode):

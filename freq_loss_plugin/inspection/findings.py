@@ -117,7 +117,7 @@ def make_findings(
     folder = _common_folder(list(found))
     findings = []
     for file, one in found.items():
-        name = file.relative_to(folder).as_posix()
+        name = (file if folder is None else file.relative_to(folder)).as_posix()
         if isinstance(one, str):
             findings.append(Finding(name, file, None, error=one))
         elif least is None and one.defect:
@@ -192,10 +192,12 @@ def _about_bad(sharp: int, bad: int, number: int) -> list[str]:
     return said
 
 
-def _common_folder(files: Sequence[Path]) -> Path:
+def _common_folder(files: Sequence[Path]) -> Path | None:
     folders = [file.parent for file in files]
     common = folders[0]
     while any(common != folder and common not in folder.parents for folder in folders):
+        if common == common.parent:
+            return None  # on several drives of Windows
         common = common.parent
     return common
 
