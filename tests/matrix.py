@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 import time
@@ -150,7 +151,8 @@ def _run(run: Run, arguments: Sequence[str]) -> tuple[int, str]:
     if not at_once:
         print(f"\n=== {run.title}\n{''.join(lines)}", end="", flush=True)
     status = 0 if process.returncode == NOTHING_SELECTED else process.returncode
-    summary = lines[-1].strip("= \n")
+    # Some hosts' packages have a last word of their own.
+    summary = next((line for line in reversed(lines) if re.search(r" in [\d.]+s", line)), lines[-1]).strip("= \n")
     return status, f"{summary} ({time.monotonic() - begin:.0f} s in all)"
 
 
