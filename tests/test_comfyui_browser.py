@@ -8,6 +8,7 @@ import json
 import sys
 from pathlib import Path
 
+import hosts
 import pytest
 
 TESTS = Path(__file__).parent
@@ -137,6 +138,8 @@ def test_the_gate_says_what_it_does(page):
 
 def test_the_operation_on_a_core_whose_node_has_a_start_and_an_end(page):
     """ComfyUI 0.39 gives LatentApplyOperationCFG two more inputs; the workflow leaves room for them."""
+    if hosts.pinned_frontend(hosts.comfyui()).startswith("1.27."):
+        pytest.skip("the frontends of such cores are newer, and draw nodes lower")
     options = {"min": 0.0, "max": 1.0, "step": 0.001}
     newer = {
         "start_percent": ["FLOAT", {"default": 0.0, **options}],
