@@ -15,7 +15,7 @@ def write(text):
     return lambda part: part.write_text(text, encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["x.txt", "x" * 251 + ".txt", "猫" * 83 + ".txt"])
+@pytest.mark.parametrize("name", ["x.txt", "x" * 251 + ".txt", "\u732b" * 83 + ".txt"])
 def test_any_name_that_a_file_may_have(tmp_path, name):
     write_whole(tmp_path / "new" / name, write("content"))
     assert [path.name for path in (tmp_path / "new").iterdir()] == [name]

@@ -176,7 +176,7 @@ class _Pair:
         return result[0], result[1]
 
     def covariance(self, one: Tensor, other: Tensor | None = None) -> Tensor:
-        """Re mean of one·otherᴴ in each ring, shape (rings, C, C)."""
+        """Re mean of one·other^H in each ring, shape (rings, C, C)."""
         other = one if other is None else other
         weighted = (one * self._halves).flatten(1)
         sums = []
