@@ -49,11 +49,12 @@ class Hook:
         self._config, self._network_module, self._quality = config, network_module, quality
         self._methods = PatchedMethods(run.trainer)
         self.step = step
+        seed = getattr(run.args, "seed", None)
         self.term = FrequencyTerm(
             config,
             run.family.prediction_type(run.args),
             # Without a seed each process of a host draws one by itself; that of the first one is taken.
-            seed=gather(getattr(run.args, "seed", None))[0],
+            seed=gather(seed)[0] if config.changes_training else seed,
             first_batch=step * (getattr(run.args, "gradient_accumulation_steps", None) or 1),
             process=process_index(),
             max_train_steps=getattr(run.args, "max_train_steps", None),
