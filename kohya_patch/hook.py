@@ -58,6 +58,7 @@ class Hook:
             first_batch=step * (getattr(run.args, "gradient_accumulation_steps", None) or 1),
             process=process_index(),
             max_train_steps=getattr(run.args, "max_train_steps", None),
+            least=None if quality is None else quality.least,
         )
         self._state = StateFile(run.args, self.term)
         self._draws_balance = config.balanced

@@ -1,4 +1,4 @@
-"""Image quality in a training program: what is known of a run's images, and the least timesteps of a batch.
+"""Image quality in a training program: what is known of a run's images, for the samples of each batch.
 
 The processes measure the images together, each its share, and one of them compares qualities by the VAE. What is wrong
 with the images is the same in all afterward; so is an error, so that none waits for one that has stopped.
@@ -6,6 +6,7 @@ with the images is the same in all afterward; so is an error, so that none waits
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
@@ -34,16 +35,45 @@ class ImageQuality:
     Args:
         survey: the result for all images.
         names: what the batches call each image.
+        repeats: how often an epoch has each of them.
+
+    Attributes:
+        survey: see above.
+        least: how many samples of an epoch have each least timestep; 0 for those that train at all timesteps.
     """
 
-    def __init__(self, survey: Survey, names: Mapping[str, TrainedImage]) -> None:
+    def __init__(self, survey: Survey, names: Mapping[str, TrainedImage], repeats: Mapping[str, int]) -> None:
         self.survey = survey
         self._least = {name: survey.least[image] for name, image in names.items() if image in survey.least}
+        self._restorations = {
+            name: survey.restorations[image] for name, image in names.items() if image in survey.restorations
+        }
+        self.least: Counter[int] = Counter()
+        for name, times in repeats.items():
+            self.least[self._least.get(name, 0)] += times
 
     def least_of(self, batch: Batch) -> Tensor | None:
         """The least timesteps of a batch's samples, shape (B,), on the CPU; None where none has one."""
         least = [self._least.get(name, 0) for name in batch[IMAGES]]
         return torch.tensor(least) if any(least) else None
+
+    def restored(self, batch: Batch, latents: Tensor) -> Tensor:
+        """The latents of a batch, those of defective images restored; the very same where there are none.
+
+        Args:
+            batch: names its images.
+            latents: shape (B, C, H, W) or (B, C, T, H, W), scaled as the model is trained on them.
+        """
+        restorations = [self._restorations.get(name) for name in batch[IMAGES]]
+        if not any(restorations):
+            return latents
+        is_video = latents.ndim == 5
+        parts = list(latents.transpose(1, 2) if is_video else latents)
+        for number, restoration in enumerate(restorations):
+            if restoration is not None:
+                parts[number] = restoration.apply(parts[number])
+        result = torch.stack(parts)
+        return result.transpose(1, 2) if is_video else result
 
 
 def measure_together(images: Sequence[TrainedImage]) -> dict[TrainedImage, Measured]:

@@ -105,7 +105,7 @@ def test_defaults_are_those_of_the_specification():
         "grad_cosine": False,
         "validation": False,
         "image_quality": "off",
-        "image_quality_threshold": 16.0,
+        "image_quality_threshold": 0.05,
         "image_rules": None,
         "guidance_token": 0.0,
         "network_module": None,
@@ -227,7 +227,7 @@ def test_rules_hold_for_the_nearest_folder():
         rules_by_image({"10_scan": RULES["10_scans"]}, images)
 
 
-@pytest.mark.parametrize("threshold", [0, -1, math.inf])
-def test_a_threshold_is_above_0(threshold):
-    with pytest.raises(ConfigError, match=r"image_quality_threshold = .*: expected a finite number > 0; 16 is usual"):
+@pytest.mark.parametrize("threshold", [0, -1, 16, math.inf])
+def test_a_threshold_is_a_fraction(threshold):
+    with pytest.raises(ConfigError, match=r"image_quality_threshold = .*: expected a number above 0 and at most 1"):
         FreqLossConfig(image_quality_threshold=threshold)

@@ -12,7 +12,7 @@ from hooked import NAMES, expected_bands
 from scipy import stats
 
 from freq_loss_plugin import ConfigError, FreqLossConfig
-from freq_loss_plugin.image_quality.detectability import patch_energy
+from freq_loss_plugin.image_quality.restoration import fit
 from freq_loss_plugin.image_quality.survey import Survey
 from freq_loss_plugin.image_quality.trained_image import TrainedImage
 from kohya_patch.image_quality import ImageQuality
@@ -28,10 +28,12 @@ SHARP, BAD, WORSE = "sharp.png", "bad.png", "worse.png"
 LEAST = {BAD: 600, WORSE: 850}
 
 
-def install(stand_in, images, **options):
-    """The hook on a batch of these images, whose survey is given."""
-    named = {image: TrainedImage(Path(image)) for image in LEAST}
-    quality = ImageQuality(Survey({named[image]: least for image, least in LEAST.items()}, "as given", ()), named)
+def install(stand_in, images, restorations=None, **options):
+    """The hook on a batch of these images, whose survey is given; an epoch has one of each kind."""
+    named = {image: TrainedImage(Path(image)) for image in (SHARP, *LEAST)}
+    least = {named[image]: least for image, least in LEAST.items()}
+    filters = {named[image]: one for image, one in (restorations or {}).items()}
+    quality = ImageQuality(Survey(least, filters, "as given", ()), named, dict.fromkeys(named, 1))
     stand_in.batch[IMAGES] = images
     config = FreqLossConfig(**{"dist_match": 0.0, "image_quality": "auto", **options})
     hook = LossHook(TrainingRun(stand_in.trainer, stand_in.args), config, "networks.lora", quality=quality)
@@ -44,14 +46,67 @@ def timesteps_of(name, passed):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_sharp_images_train_as_without(stand_ins, name):
+def test_a_run_of_sharp_images_trains_as_without(stand_ins, monkeypatch, name):
     plain = stand_ins.make(name)
     expected = [(plain.process_batch(seed=seed), plain.passes[-1]) for seed in range(3)]
     stand_in = stand_ins.make(name)
+    for image in (BAD, WORSE):
+        monkeypatch.delitem(LEAST, image)
     install(stand_in, [SHARP] * 3)
     for seed, (loss, passed) in enumerate(expected):
         assert torch.equal(stand_in.process_batch(seed=seed), loss)
         assert all(map(torch.equal, stand_in.passes[-1], passed))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_samples_weigh_what_gives_each_noise_level_its_share(stand_ins, name):
+    """A third of the images trains everywhere, and a third each from 600 and from 850 on."""
+    plain, stand_in = stand_ins.make(name), stand_ins.make(name)
+    hook = install(stand_in, [SHARP, BAD, WORSE])
+    own, weights = [], []
+    spied = hook.term.balance
+    hook.term.balance = lambda passed: weights.append(spied(passed).weights) or spied(passed)
+    for seed in range(100):
+        plain.process_batch(seed=seed)
+        own += timesteps_of(name, plain.passes[-1]).tolist()
+    for seed in range(8):
+        loss = stand_in.process_batch(seed=seed)
+        prediction, target, _ = stand_in.passes[-1]
+        losses = (prediction - target).square().mean(dim=(1, 2, 3))
+        assert loss.item() == pytest.approx((losses * weights[-1]).mean().item(), rel=1e-3)
+        for timestep, weight in zip(
+            timesteps_of(name, stand_in.passes[-1]).tolist(), weights[-1].tolist(), strict=True
+        ):
+            above = [sum(one >= least for one in own) / len(own) for least in (0, 600, 850)]
+            gained = sum((timestep >= least) / one for least, one in zip((0, 600, 850), above, strict=True)) / 3
+            assert weight == pytest.approx(1 / gained, rel=0.25)
+
+
+def test_defective_images_train_on_restored_latents(stand_ins):
+    """The target of v-prediction and of flow matching holds the latents; sharp images, and batches of them, keep theirs."""
+    for name in ("sd15", "flux"):
+        settings = {"v_parameterization": True} if name == "sd15" else {}
+        plain, stand_in = stand_ins.make(name, **settings), stand_ins.make(name, **settings)
+        sharp = list(plain.batch["latents"].float())
+        moved = fit(sharp, [one - 1 for one in sharp])
+        assert moved.restored == pytest.approx(1, abs=1e-3)
+        install(stand_in, [SHARP, BAD, WORSE], {BAD: moved})
+        for seed in range(1, 9):
+            plain.process_batch(seed=seed)
+            stand_in.process_batch(seed=seed)
+            (_, before, first), (_, after, second) = plain.passes[-1], stand_in.passes[-1]
+            same = torch.isclose(first.float(), second.float(), atol=1e-3)
+            if same[0]:
+                torch.testing.assert_close(after[0], before[0], rtol=1e-3, atol=1e-4)
+            if same[1] and name == "flux":
+                torch.testing.assert_close(after[1], before[1] - 1, rtol=1e-2, atol=1e-2)
+            elif same[1]:
+                sigma = (1 - plain.scheduler.alphas_cumprod[int(first[1])]).sqrt()
+                torch.testing.assert_close(after[1], before[1] - sigma, rtol=1e-2, atol=1e-2)
+        stand_in.batch[IMAGES] = [SHARP] * 3
+        plain.process_batch(seed=1)
+        stand_in.process_batch(seed=1)
+        torch.testing.assert_close(stand_in.passes[-1][1], plain.passes[-1][1], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -163,13 +218,14 @@ def test_weights_by_sigma_are_those_of_the_timestep(stand_ins, scheme):
     """FLUX with a reshaped prediction: sd-scripts weighs the loss by the sigma of each sample."""
     settings = {"timestep_sampling": "sigma", "model_prediction_type": "sigma_scaled", "weighting_scheme": scheme}
     stand_in = stand_ins.make("flux", **settings)
-    install(stand_in, [SHARP, BAD, WORSE])
+    hook = install(stand_in, [SHARP, BAD, WORSE])
     for seed in range(4):
         loss = stand_in.process_batch(seed=seed)
         prediction, target, timesteps = stand_in.passes[-1]
         assert (timesteps >= torch.tensor([0, LEAST[BAD], LEAST[WORSE]]) - 1e-3).all()
         weights = (timesteps / 1000) ** -2 if scheme == "sigma_sqrt" else torch.ones(3)
-        expected = ((prediction - target).square().mean(dim=(1, 2, 3)) * weights).mean()
+        shares = hook.term._plan.weights
+        expected = ((prediction - target).square().mean(dim=(1, 2, 3)) * weights * shares).mean()
         assert loss.item() == pytest.approx(expected.item(), rel=1e-3)
 
 
@@ -247,7 +303,8 @@ def test_images_are_encoded_as_the_trainer_does(stand_ins, name):
         latents = [encoder.encode(image) for image in (scene(1), scene(1), enlarged(scene(1), 8))]
     assert latents[0].shape[-2:] == (16, 16)
     assert torch.equal(latents[0], latents[1])
-    assert 0 < patch_energy(latents[2] - latents[0], 128**2, 128**2) < float("inf")
+    assert 0 < (latents[2] - latents[0]).square().sum() < float("inf")
+    assert latents[0].ndim == 3
     assert torch.equal(torch.get_rng_state(), state)
 
 

@@ -140,7 +140,7 @@ def musubi_run(images, tmp_path, monkeypatch):
 
     @torch.no_grad()
     def encode(self, image):
-        return network.encode(as_pixels(image)[None] * 2 - 1).latent_dist.mean * network.config.scaling_factor
+        return network.encode(as_pixels(image)[None] * 2 - 1).latent_dist.mean[0] * network.config.scaling_factor
 
     monkeypatch.setattr(encoder, "__init__", lambda self, run, folder: None)
     monkeypatch.setattr(encoder, "encode", encode)

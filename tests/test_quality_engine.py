@@ -86,12 +86,23 @@ def test_bad_images_train_from_their_least_timestep_on(images, tmp_path, monkeyp
     trainer = make_trainer(images / "mixed", tmp_path, FreqLossConfig(**options))
     assert len(trainer._data.survey.least) == 3
     least = min(trainer._data.survey.least.values())
-    assert 560 < least < 760
+    assert 300 < least < 500
     samples, _ = recorded(trainer, monkeypatch, 10)
     extra = {"unified"} & {options.get("timesteps")} and options["dist_match"] > 0
     if not extra:  # whose bad samples are there, and weigh nothing
         assert min(timestep for name, timestep in samples if name == "2_bad") >= least
     assert min(timestep for name, timestep in samples if name == "1_sharp") < 400
+
+
+def test_latents_of_bad_images_are_restored_and_others_stay(images, tmp_path):
+    plain = make_trainer(images / "mixed", tmp_path, FreqLossConfig(dist_match=0.0))
+    trainer = make_trainer(images / "mixed", tmp_path, FreqLossConfig(**AUTO))
+    filters = {image.file: one for image, one in trainer._data.survey.restorations.items()}
+    assert {file.parent.name for file in filters} == {"2_bad"}
+    for example, before, after in zip(plain._data.examples, plain._latents, trainer._latents, strict=True):
+        filtered = filters.get(example.file)
+        assert torch.equal(after, before if filtered is None else filtered.apply(before))
+        assert filtered is None or not torch.equal(after, before)
 
 
 def test_timesteps_and_noise_of_sharp_images_are_what_they_were(images, tmp_path, monkeypatch):
@@ -150,7 +161,10 @@ def test_a_rule_in_the_toml(images, tmp_path, capsys):
 def test_what_cannot_be_used_is_said_before_training(images, tmp_path, capsys):
     assert train(images / "bad", tmp_path, "--freq_loss_image_quality", "auto") == 1
     assert "none of the 3 images is sharp" in capsys.readouterr().err
-    assert train(images / "mixed", tmp_path, "--freq_loss_image_quality", "auto", max_timestep=500) == 1
+    file = tmp_path / "config.toml"
+    with file.open("a", encoding="utf-8") as config:
+        config.write('\nmax_timestep = 500\n[freq_loss.image_quality]\n"1_bad" = { least_timestep = 650 }\n')
+    assert main(["train", "--config", str(file)]) == 1
     assert "may only train above every timestep of this run (max_timestep = 500)" in capsys.readouterr().err
     assert not (tmp_path / "last.safetensors").exists()
 

@@ -44,12 +44,8 @@ def test_what_is_left_of_a_defect_on_other_images_is_what_was_promised(encoded, 
     filtered = fit(sharp[:9], bad[:9])
     before = square(one - other for one, other in zip(bad[9:], sharp[9:], strict=True))
     after = square(filtered.apply(one) - other for one, other in zip(bad[9:], sharp[9:], strict=True))
-    counts = torch.bincount(ring_of(16, 16).flatten(), minlength=RINGS + 2).float()
-    promised = (filtered.error.diagonal(dim1=1, dim2=2).sum(1) @ counts) / (
-        filtered.error_before.diagonal(dim1=1, dim2=2).sum(1) @ counts
-    )
     assert after < before
-    assert after / before == pytest.approx(float(promised), abs=0.1)
+    assert 1 - after / before == pytest.approx(filtered.restored, abs=0.1)
 
 
 def random_latents(count, size, channels=3):
@@ -129,9 +125,20 @@ def test_the_floor_is_the_formula_and_falls_with_the_error_and_the_fraction():
     assert floors == sorted(floors, reverse=True)
 
 
-def test_one_reference_or_unequal_shapes_are_refused():
+def test_a_single_reference_or_a_defect_without_a_pattern_leaves_latents_alone():
+    """And the floor is that of the whole defect."""
+    one, two, three = random_latents(3, (8, 8))
+    for filtered in (fit([one], [two]), fit([one, two], [one + 1, two - 1])):
+        assert filtered.restored == 0
+        torch.testing.assert_close(filtered.error, filtered.error_before)
+        torch.testing.assert_close(filtered.apply(three), three)
+        expected = least_timestep(filtered.error_before, filtered.sharp, SNR, 0.05, filtered.counts)
+        assert filtered.least_timestep(SNR, 0.05) == expected > 0
+
+
+def test_no_reference_or_unequal_shapes_are_refused():
     one, two = random_latents(2, (8, 8))
-    with pytest.raises(ValueError, match="two or more pairs"):
-        fit([one], [one])
+    with pytest.raises(ValueError, match="equal shapes"):
+        fit([], [])
     with pytest.raises(ValueError, match="equal shapes"):
         fit([one, two], [one, two[:, :4]])

@@ -65,7 +65,7 @@ class DataSet:
         examples: the images.
         warnings: what the user should know about them.
         features: those for the guidance token; None without one.
-        survey: what is known of the images' quality; None where all train at all noise levels.
+        survey: what is known of the images' quality; None where that makes no difference.
     """
 
     examples: list[Example]
@@ -77,6 +77,22 @@ class DataSet:
         """The least timesteps of a batch, shape (B,); None where none of its images has one."""
         least = [self._least.get(example.file, 0) for example in examples]
         return torch.tensor(least) if any(least) else None
+
+    @property
+    def least_per_epoch(self) -> Counter[int]:
+        """How many samples of an epoch have each least timestep; 0 for those that train at all timesteps."""
+        counts: Counter[int] = Counter()
+        for example in self.examples:
+            counts[self._least.get(example.file, 0)] += example.repeats
+        return counts
+
+    def restored(self, latents: Sequence[Tensor]) -> list[Tensor]:
+        """The latents of all examples, those of defective images restored."""
+        filters = {} if self.survey is None else {image.file: one for image, one in self.survey.restorations.items()}
+        return [
+            filters[example.file].apply(each) if example.file in filters else each
+            for example, each in zip(self.examples, latents, strict=True)
+        ]
 
     @cached_property
     def _least(self) -> dict[Path, int]:

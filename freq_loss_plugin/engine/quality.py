@@ -1,4 +1,4 @@
-"""Least timesteps of a run's images, by its own VAE; see `freq_loss_plugin.image_quality`."""
+"""What the VAE of a run makes of the defects of its images; see `freq_loss_plugin.image_quality`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .settings import Settings
 
 
 def survey_images(settings: Settings, loss: FreqLossConfig, data: DataSet, model: Model) -> Survey:
-    """Measure the training images, and find the least timestep of each.
+    """Measure the training images, and find out how their latents are restored and from which timestep on they train.
 
     Raises:
         ConfigError: see `freq_loss_plugin.image_quality.survey.survey`.
@@ -29,7 +29,7 @@ def survey_images(settings: Settings, loss: FreqLossConfig, data: DataSet, model
         vae = model.pipeline.vae
         pixels = as_pixels(image)[None] * 2 - 1
         latents: Tensor = vae.encode(pixels.to(model.device, vae.dtype)).latent_dist.mean
-        return latents * vae.config.scaling_factor
+        return latents[0] * vae.config.scaling_factor
 
     return survey(
         [TrainedImage(example.file, resized_size(example)) for example in data.examples],

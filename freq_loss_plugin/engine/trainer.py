@@ -137,8 +137,8 @@ class Trainer:
         )
 
     def encode(self) -> None:
-        """Encode the training images."""
-        self._latents = self._encode(self._data.examples, "encoding images")
+        """Encode the training images, and restore the latents of those with defects."""
+        self._latents = self._data.restored(self._encode(self._data.examples, "encoding images"))
 
     def add_gradient(self, number: int) -> None:
         """Run the passes of batch ``number`` and accumulate its gradient in the parameters."""
@@ -223,6 +223,7 @@ class Trainer:
             seed=settings.seed,
             first_batch=first_batch,
             max_train_steps=settings.max_train_steps,
+            least=self._data.least_per_epoch,
         )
 
     def _encode(self, examples: list[Example], title: str) -> list[Tensor]:

@@ -39,6 +39,12 @@ class Defect:
         parts += [f"noise {self.noise:.0f}"] if self.noise else []
         return ", ".join(parts) or "full quality"
 
+    def is_at_most(self, other: Defect) -> bool:
+        """Whether this is in no way worse than ``other``."""
+        jpeg, jpeg_other = (101 if one.jpeg is None else one.jpeg for one in (self, other))
+        is_larger = self.jpeg is None or self.jpeg_scale >= other.jpeg_scale
+        return self.resolution >= other.resolution and jpeg >= jpeg_other and is_larger and self.noise <= other.noise
+
     def apply(self, image: Image.Image, seed: int = 0) -> Image.Image:
         """A good RGB image with this defect: reduced and enlarged again, then compressed, then noisy.
 

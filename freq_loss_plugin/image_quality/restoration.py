@@ -11,7 +11,8 @@ taken from f = 0, and r(f) the ring of f (`RINGS` of equal width up to Nyquist, 
 
 which is ridge regression towards the identity: where references say little, latents stay as they are. lambda is the
 fraction of the mean diagonal of C_aa, out of `RIDGES`, with the least error on references that were left out of the fit
-one at a time; the identity is among them. E(r), the covariance of that error, is what remains.
+one at a time; the identity is among them. E(r), the covariance of that error, is what remains. Where even that is no
+better than leaving the latents alone, as with a single reference, they are left alone, means and all.
 
 **The floor.** With S(r) the covariance over channels of sharp latents, q = SNR(t) and G = S(S + I/q)^{-1}, a denoiser
 that learns from such images is off by at most bias = sum_f tr(G E G^T), where its own error on sharp ones is
@@ -22,9 +23,10 @@ Source: measurements of this project; G is the Wiener filter.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -48,6 +50,7 @@ class Restoration:
         error_before: the same without restoring.
         sharp: S, shape (rings, C, C).
         ridge: the fraction that was chosen.
+        counts: frequencies in each ring of a reference, shape (rings,).
     """
 
     matrices: Tensor
@@ -57,58 +60,86 @@ class Restoration:
     error_before: Tensor
     sharp: Tensor
     ridge: float
+    counts: Tensor
+    _copies: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def restored(self) -> float:
+        """The fraction of the squared error that the filter takes back, 0..1."""
+        before = _total(self.error_before, self.counts)
+        return 1 - _total(self.error, self.counts) / before if before > 0 else 0.0
+
+    def least_timestep(self, snr: Tensor, fraction: float) -> int:
+        """The floor of what remains; see `least_timestep`."""
+        return least_timestep(self.error, self.sharp, snr, fraction, self.counts)
 
     def apply(self, latents: Tensor) -> Tensor:
-        """Restored latents, of the shape (..., C, H, W), dtype and device of ``latents``; any size."""
-        exact = latents.float()
-        spectrum = torch.fft.rfft2(exact - self.mean_before.to(exact)[:, None, None], norm="ortho")
-        rings = ring_of(*latents.shape[-2:]).to(latents.device)
-        matrices = self.matrices.to(spectrum)[rings]
-        restored = torch.einsum("hwij,...jhw->...ihw", matrices, spectrum)
-        result = torch.fft.irfft2(restored, s=latents.shape[-2:], norm="ortho")
-        return (result + self.mean_after.to(exact)[:, None, None]).to(latents.dtype)
+        """Restored latents, of the shape (..., C, H, W), dtype and device of ``latents``; any size.
+
+        Nothing waits for the device, except when it is used there for the first time.
+        """
+        height, width = latents.shape[-2:]
+        matrices, before, after = self._on(latents.device)
+        by_ring, back, sizes = _order(height, width, latents.device)
+        spectrum = torch.fft.rfft2(latents.float() - before, norm="ortho")
+        rings = spectrum.flatten(-2)[..., by_ring].split(sizes, dim=-1)
+        restored = torch.cat([matrix @ ring for matrix, ring in zip(matrices, rings, strict=True)], dim=-1)
+        result = torch.fft.irfft2(restored[..., back].view_as(spectrum), s=(height, width), norm="ortho")
+        return (result + after).to(latents.dtype)
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """The matrices, as complex numbers, and both means, shape (C, 1, 1), on a device."""
+        if device not in self._copies:
+            before, after = (mean.to(device)[:, None, None] for mean in (self.mean_before, self.mean_after))
+            self._copies[device] = self.matrices.to(device, torch.complex64), before, after
+        return self._copies[device]
 
 
 def fit(sharp: Sequence[Tensor], defective: Sequence[Tensor]) -> Restoration:
     """The filter from latents with a defect to those without it.
 
     Args:
-        sharp: latents of reference images, two or more, each of shape (C, H, W).
+        sharp: latents of reference images, each of shape (C, H, W).
         defective: those of the same images with the defect, in the same order.
 
     Raises:
-        ValueError: fewer than two references, or other shapes.
+        ValueError: no references, or other shapes.
     """
-    if len(sharp) < 2 or [one.shape for one in sharp] != [one.shape for one in defective]:
+    if not sharp or [one.shape for one in sharp] != [one.shape for one in defective]:
         raise ValueError(
-            f"expected two or more pairs of latents of equal shapes (C, H, W); got {len(sharp)} sharp ones and "
-            f"{len(defective)} with the defect"
+            f"expected pairs of latents of equal shapes (C, H, W); got {len(sharp)} sharp ones and {len(defective)} "
+            "with the defect"
         )
     pairs = [_Pair(before.double(), after.double()) for before, after in zip(defective, sharp, strict=True)]
-    everything = range(len(pairs))
-    errors = dict.fromkeys(RIDGES, 0.0)
-    left: dict[float, Tensor] = {}
-    for number, pair in enumerate(pairs):
-        others = _Statistics.of([pairs[other] for other in everything if other != number])
-        for ridge in RIDGES:
-            remaining = pair.error(others, others.matrices(ridge))
-            errors[ridge] += float((torch.diagonal(remaining, dim1=1, dim2=2).sum(1) * pair.weights).sum())
-            left[ridge] = left.get(ridge, torch.zeros(())) + remaining / len(pairs)
-    ridge = min(errors, key=lambda each: errors[each])
     whole = _Statistics.of(pairs)
-    before = torch.stack([pair.covariance(pair.after - pair.before) for pair in pairs]).mean(dim=0)
-    return Restoration(
-        whole.matrices(ridge).float(),
-        whole.mean_before.float(),
-        whole.mean_after.float(),
-        left[ridge].float(),
-        before.float(),
-        whole.sharp.float(),
-        ridge,
-    )
+    alone = torch.stack([pair.covariance(pair.after - pair.before) for pair in pairs]).mean(dim=0)
+    ridge, error = _best_ridge(pairs) if len(pairs) > 1 else (math.inf, alone)
+    counts = torch.stack([pair.weights for pair in pairs]).mean(dim=0)
+    mean_after = whole.mean_after
+    if _total(error, counts) >= _total(alone, counts):
+        ridge, error, mean_after = math.inf, alone, whole.mean_before
+    tensors = whole.matrices(ridge), whole.mean_before, mean_after, error, alone, whole.sharp
+    matrices, mean_before, mean_after, error, alone, covariance = (tensor.float() for tensor in tensors)
+    return Restoration(matrices, mean_before, mean_after, error, alone, covariance, ridge, counts)
 
 
-def least_timestep(error: Tensor, sharp: Tensor, snr: Tensor, fraction: float) -> int:
+def _best_ridge(pairs: Sequence[_Pair]) -> tuple[float, Tensor]:
+    """The ridge with the least error on references that are left out one at a time, and the covariance of that error.
+
+    Args:
+        pairs: two or more.
+    """
+    remaining = dict.fromkeys(RIDGES, torch.zeros(()))
+    for number, pair in enumerate(pairs):
+        others = _Statistics.of([*pairs[:number], *pairs[number + 1 :]])
+        for ridge in RIDGES:
+            remaining[ridge] = remaining[ridge] + pair.error(others, others.matrices(ridge)) / len(pairs)
+    counts = torch.stack([pair.weights for pair in pairs]).mean(dim=0)
+    best = min(RIDGES, key=lambda ridge: _total(remaining[ridge], counts))
+    return best, remaining[best]
+
+
+def least_timestep(error: Tensor, sharp: Tensor, snr: Tensor, fraction: float, counts: Tensor | None = None) -> int:
     """The first timestep from which on bias / mmse stays below ``fraction``; see the head of this module.
 
     Args:
@@ -116,8 +147,9 @@ def least_timestep(error: Tensor, sharp: Tensor, snr: Tensor, fraction: float) -
         sharp: S, of the same shape.
         snr: see `freq_loss_plugin.image_quality.detectability.signal_to_noise`, shape (1000,).
         fraction: above 0.
+        counts: frequencies in each ring, shape (rings,); those of latents of 64×64 where left out.
     """
-    counts = frequencies_per_ring(64, 64)
+    counts = frequencies_per_ring(64, 64) if counts is None else counts
     values, vectors = torch.linalg.eigh(sharp.double())
     values = values.clamp(min=1e-8)
     in_them = torch.einsum("rji,rjk,rkl->ril", vectors, error.double(), vectors)
@@ -144,6 +176,20 @@ def frequencies_per_ring(height: int, width: int) -> Tensor:
     """How many frequencies of latents of H×W are in each ring, shape (rings,)."""
     counts = torch.zeros(RINGS + 2, dtype=torch.float64)
     return counts.index_add(0, ring_of(height, width).flatten(), _in_whole_spectrum(height, width).flatten())
+
+
+@functools.lru_cache(maxsize=64)
+def _order(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor, list[int]]:
+    """The places of a half spectrum's frequencies ring by ring, the way back, and how many are in each ring."""
+    rings = ring_of(height, width).flatten()
+    by_ring = rings.argsort(stable=True)
+    sizes = rings.bincount(minlength=RINGS + 2).tolist()
+    return by_ring.to(device), by_ring.argsort().to(device), sizes
+
+
+def _total(covariances: Tensor, counts: Tensor) -> float:
+    """The squared error of latents with these covariances of errors in the rings."""
+    return float(torch.diagonal(covariances.double(), dim1=1, dim2=2).sum(dim=1) @ counts)
 
 
 def _in_whole_spectrum(height: int, width: int) -> Tensor:

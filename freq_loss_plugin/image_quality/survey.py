@@ -1,18 +1,17 @@
-"""All images of a run: what is wrong with them, and the least timestep at which each may train.
+"""All images of a run: what is wrong with them, how their latents are restored, and from which timestep on they train.
 
 Images without a defect are the references: each defect is made on them, and the VAE of the run tells what it does to
-their latents (`freq_loss_plugin.image_quality.detectability`).
+their latents. A filter takes that back as far as it can, and the least timestep hides what remains
+(`freq_loss_plugin.image_quality.restoration`).
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-import numpy as np
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -22,22 +21,24 @@ from ..options.config import FreqLossConfig
 from ..options.fields import ConfigError
 from ..options.image_rules import LEAST, RESOLUTION, rules_by_image
 from .defects import Defect
-from .detectability import least_timestep, patch_energy
-from .measurement import Measurement, Size
+from .measurement import Measurement
 from .measuring import Measured, measure_all
+from .restoration import Restoration, fit
 from .trained_image import TrainedImage
 
-# The latents of an RGB image whose sides are multiples of `GRANULARITY`, as the model is trained on them.
+# The latents, shape (C, H, W), of an RGB image whose sides are multiples of `GRANULARITY`, as the model is trained on
+# them.
 Encode: TypeAlias = Callable[[Image.Image], Tensor]
-# |dz|^2 of each defect.
-Energies: TypeAlias = Mapping[Defect, float]
+Restorations: TypeAlias = Mapping[Defect, Restoration]
 
 # The entry of a LoRA file's metadata that holds the summary.
 SUMMARY_KEY = "ss_freq_loss_image_quality_summary"
 GRANULARITY = 64  # at least the factor of any VAE
 _REFERENCES, _MOST_REFERENCE_SIDE = 8, 512
-# Fewer sharp images than this fraction are worth a warning.
-_FEW = 0.1
+# Fewer sharp images than this fraction are worth a warning, and so are fewer references than this number.
+_FEW, _FEW_REFERENCES = 0.1, 3
+# Images that train above this fraction of the timesteps alone hardly train.
+_HARDLY = 0.95
 _MOST_LISTED = 8
 
 
@@ -47,11 +48,13 @@ class Survey:
 
     Attributes:
         least: the least timestep, on the scale 0..1000, of every image that must not train at all of them.
+        restorations: the filter for the latents of every image that has one.
         summary: one line: how many images of which quality train from where on.
         warnings: what the user should know, one sentence each.
     """
 
     least: Mapping[TrainedImage, int]
+    restorations: Mapping[TrainedImage, Restoration]
     summary: str
     warnings: Sequence[str]
 
@@ -68,9 +71,9 @@ def survey(
     *,
     end: int,
     measure: Callable[[Sequence[TrainedImage]], Mapping[TrainedImage, Measured]] = measure_all,
-    once: Callable[[Callable[[], Energies]], Energies] = lambda work: work(),
+    once: Callable[[Callable[[], Restorations]], Restorations] = lambda work: work(),
 ) -> Survey:
-    """Find the least timestep of every image.
+    """Find out how the latents of every image are restored, and its least timestep.
 
     Args:
         images: the training images at the sizes at which they are trained; the same in all processes.
@@ -99,17 +102,17 @@ def survey(
     references = pick_references(found)
     if defects and not references:
         raise _no_reference(images, defects)
-    energies = once(lambda: defect_energies(set(defects.values()), references, encode))
-    least = {
-        image: least_timestep(energies[defect], snr, config.image_quality_threshold)
-        for image, defect in defects.items()
-    }
-    least = {image: value for image, value in (least | fixed).items() if value > 0}
-    _check_reachable(least, end)
+    by_defect = once(lambda: fit_defects(set(defects.values()), references, encode))
+    floors = floors_of(by_defect, snr, config.image_quality_threshold)
+    least = {image: min(floors[defect], end - 1) for image, defect in defects.items()} | fixed
+    least = {image: value for image, value in least.items() if value > 0}
+    _check_reachable(fixed, end)
+    restorations = {image: by_defect[defect] for image, defect in defects.items() if by_defect[defect].restored > 0}
     found = found if is_auto else {}
     others = [image for image in images if image not in least and image not in defects]
     sharp = [image for image in others if image not in found or found[image].is_known]
-    return Survey(least, _summary(images, defects, least, len(sharp)), _warnings(found, images, least, len(sharp)))
+    warnings = [*_notes(found), *_few(images, least, len(sharp), len(references) if defects else None, end)]
+    return Survey(least, restorations, _summary(images, defects, least, by_defect, len(sharp)), warnings)
 
 
 def check_readable(found: Mapping[TrainedImage, Measured]) -> dict[TrainedImage, Measurement]:
@@ -132,13 +135,13 @@ def pick_references(found: Mapping[TrainedImage, Measurement]) -> list[TrainedIm
     return chosen[:: max(1, -(-len(chosen) // _REFERENCES))]
 
 
-def defect_energies(
+def fit_defects(
     defects: Iterable[Defect],
     references: Sequence[TrainedImage],
     encode: Encode,
     most_side: int = _MOST_REFERENCE_SIDE,
-) -> dict[Defect, float]:
-    """|dz|^2 of a patch by each defect, the median over reference images.
+) -> dict[Defect, Restoration]:
+    """How the latents of images with each defect are restored, as far as they can be.
 
     Args:
         defects: what is made on the references.
@@ -149,18 +152,30 @@ def defect_energies(
     defects = sorted(defects, key=str)
     if not defects:
         return {}
-    found: dict[Defect, list[float]] = {defect: [] for defect in defects}
-    with tqdm(total=len(references) * len(defects), desc="comparing image qualities", leave=False) as bar:
-        for reference in references:
-            image = reference.open()
-            size = reference.size or image.size
-            image = _middle(image, size, most_side)
-            clean = encode(image)
-            for defect in defects:
-                difference = encode(defect.apply(image)) - clean
-                found[defect].append(patch_energy(difference, image.width * image.height, math.prod(size)))
+    images = [_middle(reference, most_side) for reference in references]
+    with tqdm(total=len(images) * (len(defects) + 1), desc="comparing image qualities", leave=False) as bar:
+
+        def encode_all(damaged: Iterable[Image.Image]) -> list[Tensor]:
+            latents = []
+            for image in damaged:
+                latents.append(encode(image).cpu())
                 bar.update()
-    return {defect: float(np.median(values)) for defect, values in found.items()}
+            return latents
+
+        sharp = encode_all(images)
+        return {defect: fit(sharp, encode_all(map(defect.apply, images))) for defect in defects}
+
+
+def floors_of(restorations: Restorations, snr: Tensor, fraction: float) -> dict[Defect, int]:
+    """The least timestep of each defect: never lower than that of a defect which is in no way worse.
+
+    Args:
+        restorations: what remains of each defect.
+        snr: see `freq_loss_plugin.image_quality.detectability.signal_to_noise`.
+        fraction: see `freq_loss_plugin.image_quality.restoration.least_timestep`.
+    """
+    floors = {defect: one.least_timestep(snr, fraction) for defect, one in restorations.items()}
+    return {worse: max(floor for defect, floor in floors.items() if defect.is_at_most(worse)) for worse in floors}
 
 
 def listed(things: Iterable[object], most: int = _MOST_LISTED) -> str:
@@ -179,8 +194,10 @@ def _no_reference(images: Sequence[TrainedImage], defects: Mapping[TrainedImage,
     )
 
 
-def _middle(image: Image.Image, size: Size, most_side: int) -> Image.Image:
+def _middle(reference: TrainedImage, most_side: int) -> Image.Image:
     """The middle of an image as it is trained, its sides multiples of `GRANULARITY`."""
+    image = reference.open()
+    size = reference.size or image.size
     if image.size != size:
         image = image.resize(size, Image.Resampling.LANCZOS)
     width, height = (min(side // GRANULARITY * GRANULARITY, most_side) for side in size)
@@ -193,7 +210,8 @@ def _check_reachable(least: Mapping[TrainedImage, int], end: int) -> None:
     if unreachable:
         raise ConfigError(
             f"{len(unreachable)} images may only train above every timestep of this run (max_timestep = {end}): "
-            f"{listed(unreachable)}; remove them, raise max_timestep, or raise freq_loss_image_quality_threshold"
+            f"{listed(unreachable)}; remove them, raise max_timestep, or lower their least_timestep in "
+            "[freq_loss.image_quality]"
         )
 
 
@@ -201,10 +219,16 @@ def _summary(
     images: Sequence[TrainedImage],
     defects: Mapping[TrainedImage, Defect],
     least: Mapping[TrainedImage, int],
+    restorations: Restorations,
     sharp: int,
 ) -> str:
-    """``24 images: 6 full quality; 18 at 12% of the resolution, train at t >= 690``."""
-    groups = Counter((_quality(defects.get(image)), value) for image, value in least.items())
+    """``24 images: 6 full quality; 18 at 25% of the resolution, 73% restored, train at t >= 690``."""
+
+    def quality(image: TrainedImage) -> str:
+        defect = defects.get(image)
+        return "by your own rule" if defect is None else f"at {defect}, {restorations[defect].restored:.0%} restored"
+
+    groups = Counter((quality(image), value) for image, value in least.items())
     slight = len(defects.keys() - least.keys())
     everywhere = {"not known": len(images) - len(least) - slight - sharp, "with slight defects": slight}
     parts = [f"{sharp} full quality"]
@@ -218,24 +242,45 @@ def _summary(
     return f"{number}: {'; '.join(parts)}"
 
 
-def _quality(defect: Defect | None) -> str:
-    return "by your own rule" if defect is None else f"at {defect}"
-
-
-def _warnings(
-    found: Mapping[TrainedImage, Measurement],
-    images: Sequence[TrainedImage],
-    least: Mapping[TrainedImage, int],
-    sharp: int,
-) -> list[str]:
+def _notes(found: Mapping[TrainedImage, Measurement]) -> list[str]:
     by_note: dict[str, list[str]] = {}
     for image, one in found.items():
         for note in one.notes:
             by_note.setdefault(note, []).append(image.file.name)
-    warnings = [f"{len(names)} images, {note}: {listed(names)}" for note, names in by_note.items()]
+    return [f"{len(names)} images, {note}: {listed(names)}" for note, names in by_note.items()]
+
+
+def _few(
+    images: Sequence[TrainedImage],
+    least: Mapping[TrainedImage, int],
+    sharp: int,
+    references: int | None,
+    end: int,
+) -> list[str]:
+    """What there is too little of.
+
+    Args:
+        images: all.
+        least: their least timesteps.
+        sharp: how many are of full quality.
+        references: with how many of these defects were compared; None where there is none.
+        end: see `survey`.
+    """
+    warnings = []
+    if references is not None and references < _FEW_REFERENCES:
+        warnings.append(
+            f"only {references} sharp images to compare with, each at least {GRANULARITY} pixels wide and high: "
+            "defects are restored less, and hidden at higher noise levels, than with more of them; add sharp images"
+        )
     if least and sharp < _FEW * len(images):
         warnings.append(
             f"only {sharp} of {len(images)} images are of full quality: hardly anything teaches the fine detail, which "
             "low noise levels are for; add sharp images"
+        )
+    hardly = [image.file.name for image, value in least.items() if value >= _HARDLY * end]
+    if hardly:
+        warnings.append(
+            f"{len(hardly)} images hardly train, since what is wrong with them can be seen at nearly all noise levels: "
+            f"{listed(hardly)}"
         )
     return warnings

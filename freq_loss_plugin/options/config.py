@@ -86,12 +86,14 @@ class FreqLossConfig:
     balance_power: float = _option(0.5, "how strongly balance acts, above 0 and at most 1; 0.5 balances halfway")
     image_quality: ImageQuality = _option(
         "off",
-        "auto: measure the training images, and train those that are blurred, enlarged, noisy or compressed only at "
-        "the noise levels at which that cannot be seen",
+        "auto: measure the training images; restore the latents of those that are blurred, enlarged, noisy or "
+        "compressed, and train them only at the noise levels at which what remains cannot be seen",
         choices=get_args(ImageQuality),
     )
     image_quality_threshold: float = _option(
-        16.0, "squared detectability d'^2 above which a defect counts as seen, above 0; lower is stricter"
+        0.05,
+        "how far what remains of a defect may lead a model astray, as a fraction of the squared error that it makes "
+        "anyway, above 0 and at most 1; lower is stricter",
     )
     image_rules: ImageRules | None = _option(
         None, "what is known of folders of images; see docs/image-quality.md", key=image_rules.KEY
@@ -252,11 +254,11 @@ class FreqLossConfig:
         for name in ("dist_match", "low_weight", "high_weight", "gradient_ratio", "guidance_token"):
             if not (0 <= getattr(self, name) < math.inf):
                 raise wrong_value(self, name, "a finite number >= 0")
-        if not 0 < self.balance_power <= 1:
-            raise wrong_value(self, "balance_power", "a number above 0 and at most 1")
-        for name, usual in (("min_snr_gamma", 5), ("image_quality_threshold", 16)):
-            if not 0 < getattr(self, name) < math.inf:
-                raise wrong_value(self, name, f"a finite number > 0; {usual} is usual")
+        for name in ("balance_power", "image_quality_threshold"):
+            if not 0 < getattr(self, name) <= 1:
+                raise wrong_value(self, name, "a number above 0 and at most 1")
+        if not 0 < self.min_snr_gamma < math.inf:
+            raise wrong_value(self, "min_snr_gamma", "a finite number > 0; 5 is usual")
         for name in ("min_timestep", "max_timestep"):
             if not 0 <= getattr(self, name) <= NUM_TRAIN_TIMESTEPS:
                 raise wrong_value(self, name, f"a whole number from 0 to {NUM_TRAIN_TIMESTEPS}")

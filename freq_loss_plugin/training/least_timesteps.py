@@ -61,16 +61,31 @@ class TimestepPools:
             ]
         )
 
+    def fraction_above(self, least: float, draws: Draws, kind: Hashable) -> float:
+        """The probability of a timestep of at least ``least``.
+
+        Args:
+            least: on the scale 0..1000.
+            draws: of a batch.
+            kind: names a distribution of it.
+        """
+        pool = self._pool(least, draws, kind)
+        return 1 - bisect_left(pool, least) / len(pool)
+
     def _pick(self, floor: float, draws: Draws, kind: Hashable, chance: float) -> float:
+        pool = self._pool(floor, draws, kind)
+        first = bisect_left(pool, floor)
+        return pool[first + int(chance * (len(pool) - first))] if first < len(pool) else floor
+
+    def _pool(self, floor: float, draws: Draws, kind: Hashable) -> list[float]:
+        """The timesteps of one distribution, enough of them above ``floor``."""
         sample = self._sample(draws, kind)
         pool = self._pools.get(sample, [])
-        first = bisect_left(pool, floor)
-        while len(pool) - first < _FEWEST_ABOVE and len(pool) < MOST_DRAWN:
+        while len(pool) - bisect_left(pool, floor) < _FEWEST_ABOVE and len(pool) < MOST_DRAWN:
             with separate_random_stream(f"{self._stream}:{sample}:{len(pool)}", _CPU):
                 pool = sorted([*pool, *draws.of_kind(kind)(DRAWN).tolist()])
             self._pools[sample] = pool
-            first = bisect_left(pool, floor)
-        return pool[first + int(chance * (len(pool) - first))] if first < len(pool) else floor
+        return pool
 
     def _sample(self, draws: Draws, kind: Hashable) -> tuple[float, ...]:
         """By which pools are known, so that there is one for all sizes of latents that do not matter."""

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from .distributed import there_are_several
+
 
 class Pass(NamedTuple):
     """What a pass of the model returned, and how its samples count.
@@ -43,6 +45,7 @@ class Plan(NamedTuple):
         shared: the timestep that the batch shares, or None.
         counted: the samples that the term is computed from, shape (B,), boolean; None where all are.
         has_term: whether the base pass has a frequency term.
+        weights: of the samples in the base loss, shape (B,); see `freq_loss_plugin.training.update_shares`.
     """
 
     stream: str
@@ -53,3 +56,16 @@ class Plan(NamedTuple):
     shared: float | None = None
     counted: Tensor | None = None
     has_term: bool = False
+    weights: Tensor | None = None
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether the batch has samples for its term; those of several processes have one together."""
+        return there_are_several() or self.counted is None or bool(self.counted.any())
+
+    def with_extra_pass(self, timestep: int) -> Plan:
+        """With an extra pass, where some of the samples may train at its timestep."""
+        if self.least is None:
+            return self._replace(extra=timestep)
+        plan = self._replace(counted=self.least <= timestep)
+        return plan._replace(extra=timestep) if plan.takes_part else plan

@@ -25,7 +25,7 @@ from ..loss.latents import PredictionType, residual_scale
 from ..loss.matching import frequency_matching_loss
 from ..loss.params import FrequencyLoss
 from ..options.config import FreqLossConfig
-from .distributed import Parts, add_nothing, gather_parts, sum_over_processes, there_are_several
+from .distributed import Parts, add_nothing, gather_parts, sum_over_processes
 from .gradient_balance import GradientBalance, GradientRatio, base_gradient, detached_term, mse_gradient
 from .least_timesteps import TimestepPools, raised
 from .loss_balance import Balanced, LossBalance
@@ -34,6 +34,7 @@ from .monitor import StepMetrics, TermMonitor
 from .passes import Pass, Plan
 from .random_streams import stream_name
 from .timesteps import Draws, coupled_timesteps, shared_timesteps, unified_timestep
+from .update_shares import UpdateShares
 from .validation import ValidationBands
 
 
@@ -55,6 +56,7 @@ class FrequencyTerm:
         first_batch: how many batches a resumed run has behind it.
         process: the number of this process.
         max_train_steps: the length of the run, where it is known.
+        least: how many samples of an epoch have each least timestep, where some have one.
     """
 
     def __init__(
@@ -66,11 +68,13 @@ class FrequencyTerm:
         first_batch: int = 0,
         process: int = 0,
         max_train_steps: int | None = None,
+        least: Mapping[int, int] | None = None,
     ) -> None:
         self.config, self._prediction_type = config, prediction_type
         self._seed, self._batch, self._process = seed, first_batch, process
         self._plan = Plan("", "")
         self._pools = TimestepPools(f"{stream_name(seed, -1)}:pool")
+        self._shares = UpdateShares(least, self._pools) if least and any(least) else None
         self._extra: _Term | None = None
         self._balance = GradientBalance(config) if GradientBalance.is_wanted(config) else None
         self._loss_balance = LossBalance(config) if config.balanced else None
@@ -89,9 +93,10 @@ class FrequencyTerm:
         name = stream_name(self._seed, self._batch)
         self._batch += 1
         mode = self.config.timesteps if self.config.enabled else None
-        plan = Plan(name, f"{name}:{self._process}", least=least, chooses=mode == "shared" or least is not None)
+        chooses = mode == "shared" or least is not None or self._shares is not None
+        plan = Plan(name, f"{name}:{self._process}", least=least, chooses=chooses)
         if mode == "unified":
-            plan = _for_extra_pass(plan, unified_timestep(self.config, name))
+            plan = plan.with_extra_pass(unified_timestep(self.config, name))
         self._plan = plan._replace(has_term=mode == "own")
         return self._plan
 
@@ -109,6 +114,8 @@ class FrequencyTerm:
         if plan.least is not None:
             above = self._pools.above(plan.least, draws, f"{plan.own_stream}:above")
             timesteps = raised(timesteps, plan.least, above)
+        if self._shares is not None:
+            plan = plan._replace(weights=self._shares.weights(timesteps, draws))
         self._plan = plan
         return timesteps
 
@@ -118,8 +125,14 @@ class FrequencyTerm:
         return self._plan.has_term or self._plan.extra is not None
 
     def balance(self, passed: Pass) -> Balanced:
-        """The prediction and sample weights from which the base loss of a pass is computed; see `LossBalance`."""
-        return Balanced(passed.prediction) if self._loss_balance is None else self._loss_balance.balance(passed)
+        """The prediction and sample weights of a base loss; see `LossBalance` and `UpdateShares`."""
+        balanced, weights = Balanced(passed.prediction), self._plan.weights
+        if self._loss_balance is not None:
+            balanced = self._loss_balance.balance(passed)
+        if weights is None:
+            return balanced
+        weights = weights.to(passed.prediction.device, non_blocking=True)
+        return balanced._replace(weights=weights if balanced.weights is None else weights * balanced.weights)
 
     def balance_plot(self) -> Tensor | None:
         """After `settle`: now and then an image of the balance's weights; see `LossBalance.plot`."""
@@ -219,7 +232,7 @@ class FrequencyTerm:
             may = plan.least <= shared
             counted = may if counted is None else may & counted
         plan = plan._replace(shared=shared, counted=counted)
-        return timesteps, plan._replace(has_term=shared is not None and _takes_part(plan))
+        return timesteps, plan._replace(has_term=shared is not None and plan.takes_part)
 
     def _term_of_base_pass(self, passed: Pass, base_loss: Tensor) -> _Term:
         """The term of the base pass; 0 where it has none, which other processes may have nevertheless."""
@@ -285,16 +298,3 @@ class FrequencyTerm:
         if device not in self._schedules:
             self._schedules[device] = passed.alphas_cumprod.detach().to(device=device, dtype=torch.float32)
         return self._schedules[device]
-
-
-def _for_extra_pass(plan: Plan, timestep: int) -> Plan:
-    """A plan with an extra pass, where some of the samples may train at its timestep."""
-    if plan.least is None:
-        return plan._replace(extra=timestep)
-    plan = plan._replace(counted=plan.least <= timestep)
-    return plan._replace(extra=timestep) if _takes_part(plan) else plan
-
-
-def _takes_part(plan: Plan) -> bool:
-    """Whether a batch has samples for its term; those of several processes have one together."""
-    return there_are_several() or plan.counted is None or bool(plan.counted.any())

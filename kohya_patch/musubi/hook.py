@@ -1,6 +1,6 @@
 """The loss hook in musubi-tuner. The order of calls in one step:
 
-    process_batch                            the trainer's own
+    process_batch                            the trainer's own; image quality: with latents of defective images restored
       FrequencyTerm.plan
       get_noisy_model_input_and_timesteps    unified only: first at one t for the batch, in a random stream of its own
       call_dit
@@ -90,18 +90,22 @@ class LossHook(Hook):
 
     def _process_batch(self, *arguments: Any, **named: Any) -> tuple[Tensor, dict[str, float]]:
         process_batch = self._methods.original("process_batch")
-        call = self._methods.bind("process_batch", *arguments, **named).arguments
+        bound = self._methods.bind("process_batch", *arguments, **named)
+        call = bound.arguments
         if call["args"] is not self._args:
             self.uninstall()  # the trainer object is now used for another run
             return process_batch(*arguments, **named)
         self._begin_batch(call["accelerator"])
-        least = None if self._quality is None else self._quality.least_of(call["batch"])
+        least = None
+        if self._quality is not None:
+            least = self._quality.least_of(call["batch"])
+            _replace_latents(call, self._quality.restored(call["batch"], call["latents"]))
         self._plan = self.term.plan(least)
         if self._plan.extra is not None:
             self._extra_pass(call, self._plan)
         self._is_base_pass, self._choices = True, 0
         try:
-            base_loss, metrics = process_batch(*arguments, **named)
+            base_loss, metrics = process_batch(*bound.args, **bound.kwargs)
         finally:
             self._is_base_pass = False
         passed, self._passed = self._passed, None
@@ -171,6 +175,13 @@ class LossHook(Hook):
         metadata = self._methods.original("extra_metadata")(*arguments, **named)
         call = self._methods.bind("extra_metadata", *arguments, **named).arguments
         return {**metadata, **self._metadata()} if call["args"] is self._args else metadata
+
+
+def _replace_latents(call: dict[str, Any], latents: Tensor) -> None:
+    """Those of a call of process_batch, and of its batch: where they are not scaled, some trainers take them there."""
+    if call["batch"]["latents"] is call["latents"]:
+        call["batch"] = {**call["batch"], "latents": latents}
+    call["latents"] = latents
 
 
 def _weighed(balanced: Balanced, target: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,11 @@ def items_of(dataset: Any) -> list[Any]:
             "which images they hold; set freq_loss_image_quality = 'off'"
         )
     return list({item.latent_cache_path: item for bucket in manager.buckets.values() for item in bucket}.values())
+
+
+def repeats_of(dataset: Any) -> Counter[str]:
+    """How often an epoch has each item of a data set, by the path of its cache: buckets hold repeated items as such."""
+    return Counter(item.latent_cache_path for bucket in dataset.batch_manager.buckets.values() for item in bucket)
 
 
 def sources_of(dataset: Any) -> dict[str, Path]:

@@ -1,4 +1,4 @@
-"""Image quality in musubi-tuner: the least timesteps of a run's images, by its own VAE; of a video, by its frames.
+"""Image quality in musubi-tuner: what the run's own VAE makes of the defects of its images and videos.
 
 Latents are cached before a run, so no VAE is loaded in it. The one that the run's arguments name is loaded for as long
 as the defects are made, and musubi-tuner's own code encodes with it as it does for the cache.
@@ -12,6 +12,7 @@ import importlib
 import inspect
 import io
 import tempfile
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,9 +58,11 @@ def make_quality(run: TrainingRun, config: FreqLossConfig) -> ImageQuality:
         ConfigError: see `freq_loss_plugin.image_quality.survey.survey`.
     """
     names: dict[str, TrainedImage] = {}
+    repeats: Counter[str] = Counter()
     others: list[Path] = []
     for dataset in run.datasets:
         sources = image_names.sources_of(dataset)
+        repeats += image_names.repeats_of(dataset)
         for item in image_names.items_of(dataset):
             image = _image(dataset, item, sources[item.latent_cache_path])
             names[item.latent_cache_path] = image
@@ -72,7 +75,7 @@ def make_quality(run: TrainingRun, config: FreqLossConfig) -> ImageQuality:
         found = survey(names.values(), config, encode, snr, end=int(end), measure=measure_together, once=in_one_process)
     old = warn_of_old({Path(cache): image.file for cache, image in names.items()}, others)
     image_names.add_to(run.datasets)
-    return ImageQuality(found.with_warnings(old), names)
+    return ImageQuality(found.with_warnings(old), names, repeats)
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,7 @@ class _Encoder:
 
     @torch.no_grad()
     def encode(self, image: Image.Image) -> Tensor:
-        """The latents of an image, scaled as the model is trained on them, shape (1, C, H, W) or (1, C, 1, H, W)."""
+        """The latents of an image, scaled as the model is trained on them, shape (C, H, W)."""
         pixels = np.array(image.convert("RGB"))
         item = self._items.ItemInfo("image", "", image.size, image.size, content=pixels)
         item.latent_cache_path = str(self._cache)
@@ -159,7 +162,8 @@ class _Encoder:
             encode(self._load_vae(), **given)
         (latents,) = (value for key, value in load_file(self._cache).items() if is_latent(key))
         latents = latents.to(torch.float32, copy=True)  # the file is mapped into memory, and written anew
-        return self._trainer.scale_shift_latents(latents[None])
+        (scaled,) = self._trainer.scale_shift_latents(latents[None])
+        return scaled[:, 0] if scaled.ndim == 4 else scaled  # the only frame
 
     def _load_vae(self) -> Any:
         if self._vae is None:

@@ -4,7 +4,8 @@ The order of calls in one step:
 
     process_batch                  the trainer's own
       FrequencyTerm.plan
-      get_noise_pred_and_target    unified only: first at one t for the batch, in a random stream of its own
+      get_noise_pred_and_target    image quality: with the latents of defective images restored
+                                   unified only: first at one t for the batch, in a random stream of its own
         FrequencyTerm.extra_pass     propagated at once, so that the graph of one pass is alive at a time
       get_noise_pred_and_target    the trainer's own pass
         FrequencyTerm.choose         shared, image quality: the timesteps, in place of those that the trainer drew
@@ -85,7 +86,7 @@ class LossHook(Hook):
                 "all_reduce_network": self._all_reduce_network,
                 "generate_step_logs": self._generate_step_logs,
             }
-        if self._config.balanced:
+        if self._config.balanced or self._config.gated:
             replaced["post_process_loss"] = self._post_process_loss
         if self._config.enabled and self._validation is not None:
             replaced["accelerator_logging"] = self._accelerator_logging
@@ -133,8 +134,10 @@ class LossHook(Hook):
 
     def _training_pass(self, call: inspect.BoundArguments, batch: dict[str, Any]) -> Any:
         """The trainer's own pass of a training batch, which it leaves in ``_passed``."""
-        forward = self._methods.original(_PASS)
-        least = None if self._quality is None else self._quality.least_of(batch["batch"])
+        forward, least = self._methods.original(_PASS), None
+        if self._quality is not None:
+            least, given = self._quality.least_of(batch["batch"]), call.arguments
+            given["latents"] = self._quality.restored(batch["batch"], given["latents"])
         plan = self.term.plan(least)
         if plan.extra is not None:
             self._extra_pass(call, batch, plan)
@@ -156,7 +159,7 @@ class LossHook(Hook):
         self.term.extra_pass(passed, functools.partial(accelerator.backward, retain_graph=shares_graph))
 
     def _post_process_loss(self, *arguments: Any, **named: Any) -> Any:
-        """The losses of the samples, weighted by noise level; validation and ``band`` have no weights here."""
+        """The losses of the samples, weighted by noise level; validation has no weights here."""
         losses = self._methods.original("post_process_loss")(*arguments, **named)
         weights = None if self._balanced is None else self._balanced.weights
         return losses if weights is None else losses * weights

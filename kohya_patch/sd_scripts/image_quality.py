@@ -1,8 +1,9 @@
-"""Image quality in sd-scripts: the least timesteps of a run's images, by its own VAE."""
+"""Image quality in sd-scripts: what the run's own VAE makes of the defects of its images."""
 
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,9 +59,11 @@ def make_quality(run: TrainingRun, config: FreqLossConfig, vae: Any) -> ImageQua
     prediction_type = run.family.prediction_type(args)
     alphas = stable_diffusion_alphas(zero_terminal_snr=bool(getattr(args, "zero_terminal_snr", False)))
     infos = [info for dataset in run.datasets for info in dataset.image_data.values()]
-    names = {
-        image_names.name_of(info): TrainedImage(Path(info.absolute_path), image_names.size_of(info)) for info in infos
-    }
+    named = [(image_names.name_of(info), info) for info in infos]
+    names = {name: TrainedImage(Path(info.absolute_path), image_names.size_of(info)) for name, info in named}
+    repeats: Counter[str] = Counter()
+    for name, info in named:
+        repeats[name] += info.num_repeats
     encoder = _Encoder(run, vae)
     with encoder.restoring():
         found = survey(
@@ -75,7 +78,7 @@ def make_quality(run: TrainingRun, config: FreqLossConfig, vae: Any) -> ImageQua
     caches = {info.latents_npz: info.absolute_path for info in infos if getattr(info, "latents_npz", None)}
     old = warn_of_old({Path(cache): Path(image) for cache, image in caches.items()})
     image_names.add_to(run.datasets)
-    return ImageQuality(found.with_warnings(old), names)
+    return ImageQuality(found.with_warnings(old), names, repeats)
 
 
 class _Encoder:
@@ -106,7 +109,7 @@ class _Encoder:
 
     @torch.no_grad()
     def encode(self, image: Image.Image) -> Tensor:
-        """The latents of an image, scaled as the model is trained on them; the same noise each time."""
+        """The latents of an image, shape (C, H, W), scaled as for the model; the same noise each time."""
         if not isinstance(self._vae, torch.nn.Module):
             raise ConfigError(
                 f"{OPTION}: needs the VAE to compare images, and sd-scripts gave {type(self._vae).__name__} to the "
@@ -122,4 +125,4 @@ class _Encoder:
                 f"{OPTION}: the VAE returns NaN in {pixels.dtype}; train with no_half_vae, or with a VAE that works "
                 "in half precision"
             )
-        return latents
+        return latents[0]

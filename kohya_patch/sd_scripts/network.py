@@ -83,6 +83,7 @@ def check(run: TrainingRun) -> FreqLossConfig:
     SD_SCRIPTS.check_methods(trainer, host.METHODS)
     if config.balanced:
         balance.check(config, args, family)
+    if config.balanced or config.gated:
         SD_SCRIPTS.check_methods(trainer, host.BALANCE_METHODS)
     if config.changes_training:
         _check_against_trainer(config, args, family)

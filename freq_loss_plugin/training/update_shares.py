@@ -1,0 +1,67 @@
+r"""Weights of samples that give each noise level back its share of the updates.
+
+Where images have least timesteps L_i, more updates than the trainer intends are at high noise levels, and fewer at low
+ones. With p the trainer's distribution of timesteps, a sample is trained at t with the density
+
+.. math:: p_{gated}(t) = p(t) \operatorname{mean}_i \frac{[t \ge L_i]}{P(t \ge L_i)}, \qquad
+          w(t) = \frac{p(t)}{p_{gated}(t)}
+
+w is constant between two least timesteps, and its mean over what is trained is 1. Where few images train at low noise,
+each of them would weigh as much as all those that do not: w is at most `MOST`, and scaled so that its mean stays 1.
+
+Source: importance weights; measurements of this project.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+
+import torch
+from torch import Tensor
+
+from .least_timesteps import TimestepPools
+from .timesteps import Draws
+
+MOST = 5.0
+
+
+class UpdateShares:
+    """The weights of one run.
+
+    Args:
+        least: how many samples of an epoch have each least timestep; 0 for those that train at all timesteps.
+        pools: tell how probable timesteps are.
+    """
+
+    def __init__(self, least: Mapping[int, int], pools: TimestepPools) -> None:
+        total = sum(least.values())
+        self._fractions = {float(floor): count / total for floor, count in sorted(least.items())}
+        self._pools = pools
+        self._floors = torch.tensor(list(self._fractions))
+        self._tables: dict[Hashable, Tensor] = {}
+
+    def weights(self, timesteps: Tensor, draws: Draws) -> Tensor:
+        """w(t) of each sample, shape (B,), float32, on the device of the timesteps.
+
+        Args:
+            timesteps: those that the batch trains at, shape (B,).
+            draws: how they are drawn.
+        """
+        tables = torch.stack([self._table(draws, kind) for kind in draws.kinds])
+        floors, tables = (tensor.to(timesteps.device, non_blocking=True) for tensor in (self._floors, tables))
+        places = torch.bucketize(timesteps.float(), floors, right=True)
+        return tables.gather(1, places[:, None])[:, 0]
+
+    def _table(self, draws: Draws, kind: Hashable) -> Tensor:
+        """w below the first least timestep, and from each of them on."""
+        key = draws.size, kind
+        if key not in self._tables:
+            # The highest first: it needs the most draws, and the others then use them as well.
+            probable = [self._pools.fraction_above(floor, draws, kind) for floor in reversed(self._fractions)]
+            above = torch.tensor(probable[::-1], dtype=torch.float64)
+            gained = torch.cumsum(torch.tensor(list(self._fractions.values())).double() / above, dim=0)
+            weights = (1 / gained).clamp(max=MOST)
+            trained = (above - torch.cat([above[1:], above.new_zeros(1)])) * gained
+            weights = weights / (weights * trained).nansum()
+            self._tables[key] = torch.cat([weights[:1], weights]).float()
+        return self._tables[key]
