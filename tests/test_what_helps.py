@@ -245,7 +245,7 @@ def test_differences_are_paired_and_ratios_are_of_errors():
 
 def test_intervals_are_students():
     values = [(1.0, 0.0), (2.0, 0.0), (4.0, 0.0)]
-    found = report._difference(values, is_ratio=False)
+    found = report.difference(values, is_ratio=False)
     # The 97.5% quantile of Student's t with two degrees of freedom is 4.3027.
     assert found.half_width == pytest.approx(4.3027 * np.std([1, 2, 4], ddof=1) / math.sqrt(3), rel=1e-4)
 

@@ -115,7 +115,7 @@ def differences(rows: Iterable[Row], measures: Iterable[str], control: str = PLA
             pairs = [(row.get(measure), others[key].get(measure)) for key, row in trials.items() if key in others]
             values = [(float(one), float(other)) for one, other in pairs if one and other]
             if arm != control and len(values) > 1:
-                found[Comparison(model, arm, measure)] = _difference(values, is_ratio=measure.startswith("validation"))
+                found[Comparison(model, arm, measure)] = difference(values, is_ratio=measure.startswith("validation"))
     return found
 
 
@@ -158,13 +158,8 @@ def tables(study: str, rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def judge(study: str, rows: Sequence[Row]) -> tuple[dict[Comparison, Difference], set[Comparison]]:
-    """The primary comparisons of a study, without single defects, and those that survive the correction."""
-    compared = differences([row for row in rows if row["defect"] not in DEFECTS], PRIMARY[study])
-    return compared, surviving({each: value for each, value in compared.items() if each.arm not in _NOT_JUDGED})
-
-
-def _difference(values: list[tuple[float, float]], *, is_ratio: bool) -> Difference:
+def difference(values: list[tuple[float, float]], *, is_ratio: bool) -> Difference:
+    """Of pairs of a value and what it is compared with; see `Difference`."""
     ours, others = np.array(values).T
     differing = np.log(ours / others) if is_ratio else ours - others
     mean = float(differing.mean())
@@ -176,6 +171,12 @@ def _difference(values: list[tuple[float, float]], *, is_ratio: bool) -> Differe
     if is_ratio:
         mean, half_width = math.expm1(mean), half_width * math.exp(mean)
     return Difference(mean, half_width, p, len(values))
+
+
+def judge(study: str, rows: Sequence[Row]) -> tuple[dict[Comparison, Difference], set[Comparison]]:
+    """The primary comparisons of a study, without single defects, and those that survive the correction."""
+    compared = differences([row for row in rows if row["defect"] not in DEFECTS], PRIMARY[study])
+    return compared, surviving({each: value for each, value in compared.items() if each.arm not in _NOT_JUDGED})
 
 
 def _is_second(row: Row) -> bool:
