@@ -20,7 +20,7 @@ HOSTS = {"library", "networks", "train_network", "musubi_tuner", "comfy", "comfy
 # Packages that are not needed for the loss, and the only places that may import them.
 HEAVY = {
     "accelerate": ["engine"],
-    "diffusers": ["engine", "inspection/cli.py"],
+    "diffusers": ["engine", "inspection/autoencoder.py"],
     "transformers": ["engine", "guidance_token/extract.py"],
     "peft": ["engine", "lora/kohya_format.py"],
     "matplotlib": ["analysis/figures.py", "analysis/fonts.py"],

@@ -53,7 +53,7 @@ FROZEN = {
         ["MODEL"],
     ),
     "FreqLoss_GuidanceToken": (["conditioning", "lora_name", "strength"], ["image"], ["CONDITIONING"]),
-    "FreqLoss_ImageQuality": (["images"], [], ["STRING", "FLOAT", "IMAGE"]),
+    "FreqLoss_ImageQuality": (["images", "model"], [], ["STRING", "FLOAT", "IMAGE"]),
 }
 
 

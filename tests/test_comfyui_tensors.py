@@ -15,6 +15,7 @@ from freq_loss_plugin.analysis.spectra import compare_spectra
 from freq_loss_plugin.guidance_token import features as guidance
 from freq_loss_plugin.image_quality.measurement import measure_image
 from freq_loss_plugin.image_quality.pixels import as_pixels
+from freq_loss_plugin.image_quality.published import lookup
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.filterwarnings("default")]
 
@@ -131,11 +132,12 @@ def test_the_loss_is_that_of_training(nodes):
 def test_image_quality_is_the_function(nodes, dtype, channels):
     pixels = [as_pixels(image).movedim(0, -1) for image in (scene(1), enlarged(scene(2), 8))]
     batch = torch.cat([torch.stack(pixels), torch.rand(2, 128, 128, 1)], dim=-1)[..., :channels].to(dtype)
-    ((report, resolution, spectra),) = nodes(("FreqLoss_ImageQuality", {"images": batch}))
+    ((report, resolution, spectra),) = nodes(("FreqLoss_ImageQuality", {"images": batch, "model": "flux1"}))
     expected = [measure_image(scene(1)), measure_image(enlarged(scene(2), 8))]
     lines = report.splitlines()
     assert lines[0] == "1: 128 × 128, full quality"
-    assert lines[1] == f"2: 128 × 128, {expected[1].defect}"
+    restored, least = lookup("flux1", expected[1].defect)
+    assert lines[1] == f"2: 128 × 128, {expected[1].defect}: {restored:.0%} restored, trains at t >= {least} (FLUX.1)"
     assert lines[2] == "1 of 2 of full quality"
     assert resolution == pytest.approx(expected[1].resolution, rel=0 if dtype == torch.float32 else 0.05)
     assert resolution == pytest.approx(1 / 8, rel=0.3)
@@ -145,9 +147,9 @@ def test_image_quality_is_the_function(nodes, dtype, channels):
 
 def test_images_without_a_quality_are_named(nodes):
     found = nodes(
-        ("FreqLoss_ImageQuality", {"images": torch.ones(1, 128, 128, 3)}),
-        ("FreqLoss_ImageQuality", {"images": torch.rand(1, 8, 200, 3)}),
-        ("FreqLoss_ImageQuality", {"images": torch.rand(1, 80, 80, 1)}),
+        ("FreqLoss_ImageQuality", {"images": torch.ones(1, 128, 128, 3), "model": "sdxl"}),
+        ("FreqLoss_ImageQuality", {"images": torch.rand(1, 8, 200, 3), "model": "sdxl"}),
+        ("FreqLoss_ImageQuality", {"images": torch.rand(1, 80, 80, 1), "model": "sdxl"}),
     )
     assert "one color: nothing to measure, taken as good" in found[0][0]
     assert "200×8 pixels are too few to measure, taken as good" in found[1][0]
@@ -352,14 +354,14 @@ def test_what_people_really_connect(nodes):
     for name, image in images.items():
         answers = nodes(
             ("FreqLoss_BandPreview", {"source": image, **preview}),
-            ("FreqLoss_ImageQuality", {"images": image}),
+            ("FreqLoss_ImageQuality", {"images": image, "model": "sdxl"}),
             ("FreqLoss_SpectrumCompare", {"a": image, "b": torch.rand(3, 96, 128, 3), **BANDS}),
         )
         assert not any(isinstance(answer, str) for answer in answers), (name, answers)
         assert all(torch.isfinite(answer[0]).all() for answer in answers if torch.is_tensor(answer[0])), name
     mask, broken, broken_latent = nodes(
-        ("FreqLoss_ImageQuality", {"images": torch.rand(1, 64, 64)}),
-        ("FreqLoss_ImageQuality", {"images": torch.full((1, 64, 64, 3), float("nan"))}),
+        ("FreqLoss_ImageQuality", {"images": torch.rand(1, 64, 64), "model": "sdxl"}),
+        ("FreqLoss_ImageQuality", {"images": torch.full((1, 64, 64, 3), float("nan")), "model": "sdxl"}),
         (
             "FreqLoss_SpectrumCompare",
             {"a": latent(1, 4, 8, 8), "b": {"samples": torch.full((1, 4, 8, 8), float("inf"))}, **BANDS},

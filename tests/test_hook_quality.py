@@ -83,7 +83,7 @@ def test_samples_weigh_what_gives_each_noise_level_its_share(stand_ins, name):
 
 
 def test_defective_images_train_on_restored_latents(stand_ins):
-    """The target of v-prediction and of flow matching holds the latents; sharp images, and batches of them, keep theirs."""
+    """The target of v-prediction and of flow matching has the latents in it; sharp images keep theirs."""
     for name in ("sd15", "flux"):
         settings = {"v_parameterization": True} if name == "sd15" else {}
         plain, stand_in = stand_ins.make(name, **settings), stand_ins.make(name, **settings)

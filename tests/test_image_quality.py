@@ -18,8 +18,8 @@ from freq_loss_plugin.image_quality.detectability import signal_to_noise, stable
 from freq_loss_plugin.image_quality.measurement import measure_file, measure_image
 from freq_loss_plugin.image_quality.measuring import measure_all
 from freq_loss_plugin.image_quality.pixels import as_pixels
-from freq_loss_plugin.image_quality.spectrum import fit_power_law
 from freq_loss_plugin.image_quality.restoration import fit
+from freq_loss_plugin.image_quality.spectrum import fit_power_law
 from freq_loss_plugin.image_quality.survey import fit_defects, floors_of, survey
 from freq_loss_plugin.image_quality.trained_image import TrainedImage
 from freq_loss_plugin.toy_model import model_folder

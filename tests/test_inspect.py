@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import bad_images
 import pytest
@@ -11,6 +13,8 @@ from bad_images import compressed, enlarged, noisy, scene
 from PIL import Image
 
 from freq_loss_plugin.__main__ import main
+from freq_loss_plugin.image_quality.measurement import measure_file
+from freq_loss_plugin.image_quality.published import lookup
 
 CHROMIUM = shutil.which("chromium")
 
@@ -38,12 +42,14 @@ def test_the_table_has_the_worst_first(images, capsys):
     before = sorted(images.rglob("*"))
     assert inspect("--train_data_dir", images) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].split() == ["image", "size", "resolution", "JPEG", "noise", "t,", "SD", "t,", "flow", "remark"]
-    assert lines[2].startswith("3_bad/enlarged.png")
+    assert lines[1].split() == ["image", "size", "resolution", "JPEG", "noise", "restored", "t", "remark"]
+    assert all(line.startswith("3_bad/") for line in lines[2:6])
     assert "11 images: 6 full quality, 1 blurred or enlarged, 2 JPEG below quality 70, 1 noisy, 1 not known" in lines
     assert any("one color: nothing to measure, taken as good" in line for line in lines)
-    assert any('freq_loss_image_quality = "auto" trains the 4 bad images' in line for line in lines)
-    assert any("by the VAE of the toy model, a stand-in" in line for line in lines)
+    assert any("restores the latents of the 4 bad images with a filter, which takes back" in line for line in lines)
+    later = re.compile(r"4 of 11 images no longer train below t = \d+ to \d+ \(of 1000\), the others at every t\.")
+    assert any(map(later.fullmatch, lines))
+    assert any("are those of SDXL (--model chooses others), from a table" in line for line in lines)
     assert sorted(images.rglob("*")) == before  # nothing is written
 
 
@@ -54,13 +60,18 @@ def test_the_json_has_every_image(images, tmp_path, capsys):
     found = {image["file"].rpartition("/")[2]: image for image in report["images"] if "3_bad" in image["file"]}
     assert len(report["images"]) == 11
     assert found["enlarged.png"]["effective_resolution"] == pytest.approx(1 / 8, rel=0.3)
-    assert 600 < found["enlarged.png"]["least_timestep_sd"] < found["enlarged.png"]["least_timestep_flow"] < 850
+    assert report["model"] == "sdxl"
+    for image in found.values():
+        defect = measure_file(Path(image["file"])).defect
+        assert (image["restored"] or 0, image["least_timestep"]) == lookup("sdxl", defect)
+    assert 0.2 < found["enlarged.png"]["restored"] < 0.8
+    assert 300 < found["enlarged.png"]["least_timestep"] < 900
     assert found["<i>saved again.png"]["jpeg_quality"] == 10
     assert found["compressed.jpg"]["jpeg_quality"] == 20
     assert found["noisy.png"]["noise"] == pytest.approx(20, rel=0.2)
-    assert found["red.png"]["least_timestep_sd"] == 0
+    assert found["red.png"]["least_timestep"] == 0
     sharp = [image for image in report["images"] if "1_sharp" in image["file"]]
-    assert {image["least_timestep_sd"] for image in sharp} == {0}
+    assert {(image["restored"], image["least_timestep"]) for image in sharp} == {(None, 0)}
     assert {(image["width"], image["trained_width"]) for image in sharp} == {(128, 128)}
 
 
@@ -95,7 +106,7 @@ def test_a_set_without_defects_needs_nothing(images, capsys):
     out = capsys.readouterr().out
     assert "6 images: 6 full quality" in out
     assert "Nothing to do: all are of full quality." in out
-    assert "stand-in" not in out
+    assert "SDXL" not in out
 
 
 def test_unreadable_images_are_named(images, tmp_path, capsys):

@@ -14,8 +14,6 @@ from freq_loss_plugin import ConfigError, image_files, image_folders
 from freq_loss_plugin.__main__ import main
 from freq_loss_plugin.inspection import findings
 
-pytest.importorskip("diffusers")
-
 
 @pytest.fixture
 def data(tmp_path):
@@ -230,7 +228,7 @@ def test_what_is_not_known_is_counted_apart(tmp_path, capsys):
         image = images[f"{number:02}.png"]
         assert image["quality"] == "not known"
         assert image["effective_resolution"] is None
-        assert image["least_timestep_sd"] == 0  # it trains everywhere
+        assert image["least_timestep"] == 0  # it trains everywhere
         assert words in image["notes"][-1]
     assert images["00.png"]["quality"] == "full quality"
     main(["inspect", "--train_data_dir", str(folder), "--html", str(tmp_path / "page.html")])

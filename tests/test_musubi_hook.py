@@ -15,6 +15,7 @@ from balance_oracle import Expected
 from scipy import stats
 
 from freq_loss_plugin import ConfigError, FreqLossConfig
+from freq_loss_plugin.image_quality.restoration import fit
 from freq_loss_plugin.image_quality.survey import Survey
 from freq_loss_plugin.image_quality.trained_image import TrainedImage
 from freq_loss_plugin.training.monitor import NonFiniteLossError
@@ -205,10 +206,10 @@ def test_bad_images_train_above_their_least_timestep_and_sharp_ones_as_ever(name
         stand_in.process_batch(seed)
         before.append(stand_in.passes[0])
     named = {image: TrainedImage(Path(image)) for image in LEAST}
-    survey = Survey({named[image]: least for image, least in LEAST.items() if least}, "as given", ())
+    survey = Survey({named[image]: least for image, least in LEAST.items() if least}, {}, "as given", ())
     stand_in.batch[IMAGES] = list(LEAST)
     options = {"dist_match": 0.0} if mode == "off" else {"dist_match": 0.01, "timesteps": "shared"}
-    install(stand_in, ImageQuality(survey, named), image_quality="auto", **options)
+    install(stand_in, ImageQuality(survey, named, dict.fromkeys(named, 1)), image_quality="auto", **options)
     drawn = []
     for seed in range(30):
         stand_in.process_batch(seed)
@@ -223,6 +224,26 @@ def test_bad_images_train_above_their_least_timestep_and_sharp_ones_as_ever(name
     if mode == "off":  # above its least timestep, as the trainer draws there
         own = torch.stack([1000 * each[2] for each in before]).flatten()
         assert stats.ks_2samp(drawn[:, 1].numpy(), own[own >= 600].numpy()).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_defective_images_train_on_restored_latents(name):
+    """A defect that moved all latents of the second sample by -1; its target moves, and nothing else does."""
+    plain, stand_in = musubi_stand_ins.make(name), musubi_stand_ins.make(name)
+    latents = plain.trainer.scale_shift_latents(plain.batch["latents"]).float()
+    sharp = list((latents.transpose(1, 2) if latents.ndim == 5 else latents).flatten(0, -4))
+    named = {image: TrainedImage(Path(image)) for image in LEAST}
+    survey = Survey({}, {named["bad"]: fit(sharp, [one - 1 for one in sharp])}, "as given", ())
+    stand_in.batch[IMAGES] = list(LEAST)
+    given = stand_in.batch["latents"].clone()
+    install(stand_in, ImageQuality(survey, named, dict.fromkeys(named, 1)), image_quality="auto", dist_match=0.0)
+    for seed in range(3):
+        plain.process_batch(seed)
+        stand_in.process_batch(seed)
+        moved = stand_in.passes[-1][1].float() - plain.passes[-1][1].float()
+        assert moved[[0, 2]].abs().max() == 0
+        torch.testing.assert_close(moved[1].abs(), torch.ones_like(moved[1]), rtol=0, atol=0.03)
+    assert torch.equal(stand_in.batch["latents"], given)
 
 
 def test_a_trainer_that_draws_elsewhere_is_refused(monkeypatch):
@@ -363,10 +384,10 @@ def test_every_trainer_of_the_checkout_is_known():
 
 def test_metadata_can_be_asked_for_at_every_save():
     """As musubi-tuner does since its version of 2026-08-14."""
-    survey = Survey({}, "as given", ())
+    survey = Survey({}, {}, "as given", ())
     stand_in = musubi_stand_ins.make("flux_2")
     stand_in.batch[IMAGES] = ["sharp"] * musubi_stand_ins.BATCH
-    hook = install(stand_in, ImageQuality(survey, {}), dist_match=0.05, balance="band", timesteps="shared")
+    hook = install(stand_in, ImageQuality(survey, {}, {}), dist_match=0.05, balance="band", timesteps="shared")
     first = stand_in.trainer.extra_metadata(stand_in.args)
     for seed in range(3):
         stand_in.process_batch(seed)

@@ -62,7 +62,7 @@ def least_of(run):
     summary = run.metadata["ss_freq_loss_image_quality_summary"]
     assert summary.startswith("6 images: 3 full quality; ")
     least = min(map(int, re.findall(r"train at t >= (\d+)", summary)))
-    assert least > 100
+    assert least > 20
     return least
 
 

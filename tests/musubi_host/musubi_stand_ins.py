@@ -168,6 +168,8 @@ def _calling(made: StandIn, name: str, sign: int) -> Any:
         network_dtype: Any,
         **_: Any,
     ) -> Any:
+        if name in ("flux_kontext", "qwen_image"):
+            latents = batch["latents"]  # where these trainers take them from
         prediction, target = transformer_arg(noisy_model_input), sign * (noise - latents)
         if name == "kandinsky5":  # frames before channels
             prediction, target = prediction.transpose(1, 2), target.transpose(1, 2)
