@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -62,8 +63,11 @@ class ArmTraining:
         self._batches = Batches(examples, BATCH, seed)
         self._captions = list(captions.values())
         self._latents = trainee.encode(pixels)
-        self.least = self._least_timesteps(files, side)
-        self._term = FrequencyTerm(arm.config, world.prediction_type, seed=seed)
+        self.least = torch.zeros(len(files))
+        if arm.config.gated:
+            self._restore(files, side)
+        counts = Counter(map(int, self.least.tolist()))
+        self._term = FrequencyTerm(arm.config, world.prediction_type, seed=seed, least=counts)
         self._optimizer = torch.optim.AdamW(trainee.parameters, lr=rate)
         self._schedule = get_scheduler("cosine", self._optimizer, num_warmup_steps=0, num_training_steps=self.length)
 
@@ -111,16 +115,20 @@ class ArmTraining:
         prediction, target = self._trainee.predict(clean, at, noise, [self._captions[index] for index in chosen])
         return Pass(prediction, target, at, self._trainee.alphas_cumprod)
 
-    def _least_timesteps(self, files: list[Path], side: int) -> Tensor:
-        if not self._arm.config.gated:
-            return torch.zeros(len(files))
+    def _restore(self, files: list[Path], side: int) -> None:
+        """Restore the latents of images with defects, and find their least timesteps, as training programs do."""
 
         def encode(image: Image.Image) -> Tensor:
-            return self._trainee.encode(as_pixels(image)[None])
+            return self._trainee.encode(as_pixels(image)[None])[0]
 
         images = [TrainedImage(file, (side, side)) for file in files]
-        found = survey(images, self._arm.config, encode, self._trainee.snr, end=1000).least
-        return torch.tensor([float(found.get(image, 0)) for image in images])
+        found = survey(images, self._arm.config, encode, self._trainee.snr, end=1000)
+        self.least = torch.tensor([float(found.least.get(image, 0)) for image in images])
+        filters = map(found.restorations.get, images)
+        restored = [
+            latents if one is None else one.apply(latents) for latents, one in zip(self._latents, filters, strict=True)
+        ]
+        self._latents = torch.stack(restored)
 
 
 def losses_of(weighting: Weighting, passed: Pass) -> Tensor:
