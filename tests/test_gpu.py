@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from freq_loss_plugin import FreqLossConfig, frequency_matching_loss
+from freq_loss_plugin.image_quality.restoration import fit
 from freq_loss_plugin.training.passes import Pass
 from freq_loss_plugin.training.term import FrequencyTerm
 from freq_loss_plugin.training.timesteps import Draws
@@ -122,7 +124,9 @@ class Steps:
     """Batches as the trainers make them, up to the optimizer step; the model is one weight."""
 
     def __init__(self, options, dtype):
-        self.term = FrequencyTerm(FreqLossConfig(**options), "epsilon", seed=0)
+        config = FreqLossConfig(**options)
+        least = Counter(LEAST.tolist()) if config.gated else None
+        self.term = FrequencyTerm(config, "epsilon", seed=0, least=least)
         self.weight = torch.full((), 0.9, device=DEVICE, requires_grad=True)
         self.clean, self.noise = (values.detach() for values in inputs(dtype=dtype))
         self.own = torch.arange(100, 900, 200, device=DEVICE)
@@ -162,6 +166,21 @@ def test_a_step_never_waits_for_the_device(options, dtype):
     assert steps.weight.grad.isfinite()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_restoring_latents_never_waits_for_the_device(dtype):
+    generator = torch.Generator().manual_seed(0)
+    sharp = [torch.randn(16, 32, 32, generator=generator) for _ in range(4)]
+    fitted = fit(sharp, [0.5 * latents + 1 for latents in sharp])
+    latents = torch.randn(16, 48, 64, generator=generator)
+    there = latents.to(DEVICE, dtype)
+    fitted.apply(there)  # moves the filter
+    with no_synchronization():
+        restored = fitted.apply(there)
+    assert restored.dtype == dtype
+    tolerance = 1e-4 if dtype == torch.float32 else 0.1
+    torch.testing.assert_close(restored.float().cpu(), fitted.apply(latents), rtol=tolerance, atol=tolerance)
+
+
 def drawn_with_least(choose, term, least):
     """What a host's function returns where each image has a least timestep; the first call draws in advance."""
     choose(term, term.plan(least).own_stream)
@@ -189,7 +208,7 @@ def test_least_timesteps_in_sd_scripts_never_wait_for_the_device(stand_ins, samp
         with TimestepChoice("flow", drawing).made_by(term.choose, stream):
             return drawing.function(**given)
 
-    term = FrequencyTerm(FreqLossConfig(dist_match=0.0, image_quality="auto"), "flow", seed=0)
+    term = FrequencyTerm(FreqLossConfig(dist_match=0.0), "flow", seed=0, least=Counter(LEAST.tolist()))
     noisy, timesteps, _ = drawn_with_least(choose, term, LEAST)
     assert (timesteps.float().cpu() >= LEAST - 4).all()  # in bfloat16
     sigma = timesteps.float().view(-1, 1, 1, 1) / 1000
@@ -208,7 +227,7 @@ def test_least_timesteps_in_musubi_tuner_never_wait_for_the_device(sampling):
     stand_in = musubi_stand_ins.make("flux_2", timestep_sampling=sampling)
     given = {**given_latents(), "args": stand_in.args, "timesteps": None, "noise_scheduler": stand_in.scheduler}
     method = stand_in.trainer.get_noisy_model_input_and_timesteps
-    term = FrequencyTerm(FreqLossConfig(dist_match=0.0, image_quality="auto"), "flow", seed=0)
+    term = FrequencyTerm(FreqLossConfig(dist_match=0.0), "flow", seed=0, least=Counter(LEAST.tolist()))
 
     def choose(term, stream):
         return musubi_timesteps.chosen(method, given, term.choose, stream)
