@@ -27,6 +27,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -111,30 +112,32 @@ def fit(sharp: Sequence[Tensor], defective: Sequence[Tensor]) -> Restoration:
             "with the defect"
         )
     pairs = [_Pair(before.double(), after.double()) for before, after in zip(defective, sharp, strict=True)]
-    whole = _Statistics.of(pairs)
-    alone = torch.stack([pair.covariance(pair.after - pair.before) for pair in pairs]).mean(dim=0)
-    ridge, error = _best_ridge(pairs) if len(pairs) > 1 else (math.inf, alone)
     counts = torch.stack([pair.weights for pair in pairs]).mean(dim=0)
-    mean_after = whole.mean_after
+    (mean_before, mean_after), moments = _statistics(pairs)
+    alone = torch.stack([_error(pair.around(torch.zeros(2, 1)), _matrices(moments, math.inf)) for pair in pairs]).mean(
+        0
+    )
+    ridge, error = _best_ridge(pairs, counts) if len(pairs) > 1 else (math.inf, alone)
     if _total(error, counts) >= _total(alone, counts):
-        ridge, error, mean_after = math.inf, alone, whole.mean_before
-    tensors = whole.matrices(ridge), whole.mean_before, mean_after, error, alone, whole.sharp
+        ridge, error, mean_after = math.inf, alone, mean_before
+    tensors = _matrices(moments, ridge), mean_before, mean_after, error, alone, moments.sharp
     matrices, mean_before, mean_after, error, alone, covariance = (tensor.float() for tensor in tensors)
     return Restoration(matrices, mean_before, mean_after, error, alone, covariance, ridge, counts)
 
 
-def _best_ridge(pairs: Sequence[_Pair]) -> tuple[float, Tensor]:
+def _best_ridge(pairs: Sequence[_Pair], counts: Tensor) -> tuple[float, Tensor]:
     """The ridge with the least error on references that are left out one at a time, and the covariance of that error.
 
     Args:
         pairs: two or more.
+        counts: frequencies in each ring.
     """
     remaining = dict.fromkeys(RIDGES, torch.zeros(()))
     for number, pair in enumerate(pairs):
-        others = _Statistics.of([*pairs[:number], *pairs[number + 1 :]])
+        means, moments = _statistics([*pairs[:number], *pairs[number + 1 :]])
+        left_out = pair.around(means)
         for ridge in RIDGES:
-            remaining[ridge] = remaining[ridge] + pair.error(others, others.matrices(ridge)) / len(pairs)
-    counts = torch.stack([pair.weights for pair in pairs]).mean(dim=0)
+            remaining[ridge] = remaining[ridge] + _error(left_out, _matrices(moments, ridge)) / len(pairs)
     best = min(RIDGES, key=lambda ridge: _total(remaining[ridge], counts))
     return best, remaining[best]
 
@@ -201,77 +204,74 @@ def _in_whole_spectrum(height: int, width: int) -> Tensor:
     return times
 
 
-class _Pair:
-    """The spectra of one reference, shape (C, H, W // 2 + 1): before is with the defect, after without it."""
+class _Moments(NamedTuple):
+    """C_aa, C_ba and C_bb of each ring, shape (rings, C, C); see the head of this module."""
 
-    def __init__(self, before: Tensor, after: Tensor) -> None:
-        self.before, self.after = (torch.fft.rfft2(latents, norm="ortho") for latents in (before, after))
-        self._pixels = before.shape[-2] * before.shape[-1]
-        self._rings = ring_of(*before.shape[-2:])
-        self._halves = _in_whole_spectrum(*before.shape[-2:])
-        self.weights = frequencies_per_ring(*before.shape[-2:])
-        self.means = [latents.mean(dim=(1, 2)) for latents in (before, after)]
-
-    def centered(self, statistics: _Statistics) -> tuple[Tensor, Tensor]:
-        """Both spectra without the means over references."""
-        result = []
-        for spectrum, mean in ((self.before, statistics.mean_before), (self.after, statistics.mean_after)):
-            spectrum = spectrum.clone()
-            spectrum[:, 0, 0] -= mean * self._pixels**0.5
-            result.append(spectrum)
-        return result[0], result[1]
-
-    def covariance(self, one: Tensor, other: Tensor | None = None) -> Tensor:
-        """Re mean of one·other^H in each ring, shape (rings, C, C)."""
-        other = one if other is None else other
-        weighted = (one * self._halves).flatten(1)
-        sums = []
-        rings = self._rings.flatten()
-        for ring in range(RINGS + 2):
-            inside = rings == ring
-            sums.append((weighted[:, inside] @ other.flatten(1)[:, inside].conj().T).real)
-        return torch.stack(sums) / self.weights.clamp(min=1)[:, None, None]
-
-    def error(self, statistics: _Statistics, matrices: Tensor) -> Tensor:
-        """What remains of the defect in each ring after restoring with a fit to other references."""
-        before, after = self.centered(statistics)
-        restored = torch.einsum("hwij,jhw->ihw", matrices.to(before)[self._rings], before)
-        return self.covariance(restored - after)
-
-
-@dataclass(frozen=True)
-class _Statistics:
-    """Means and covariances of references; see the head of this module."""
-
-    mean_before: Tensor
-    mean_after: Tensor
     before: Tensor
     cross: Tensor
     sharp: Tensor
 
-    @classmethod
-    def of(cls, pairs: Sequence[_Pair]) -> _Statistics:
-        means = [torch.stack([pair.means[which] for pair in pairs]).mean(dim=0) for which in range(2)]
-        empty = torch.zeros(())
-        centered = cls(means[0], means[1], empty, empty, empty)
-        spectra = [pair.centered(centered) for pair in pairs]
-        total = torch.stack([pair.weights for pair in pairs]).sum(dim=0).clamp(min=1)
 
-        def mean(which: tuple[int, int]) -> Tensor:
-            found = [
-                pair.covariance(both[which[0]], both[which[1]]) * pair.weights[:, None, None]
-                for pair, both in zip(pairs, spectra, strict=True)
-            ]
-            return torch.stack(found).sum(dim=0) / total[:, None, None]
+class _Pair:
+    """One reference.
 
-        return cls(means[0], means[1], mean((0, 0)), mean((1, 0)), mean((1, 1)))
+    Args:
+        before: its latents with the defect, shape (C, H, W).
+        after: those without it.
 
-    def matrices(self, ridge: float) -> Tensor:
-        """M of each ring, shape (rings, C, C)."""
-        identity = torch.eye(self.before.shape[1], dtype=self.before.dtype)
-        if ridge == math.inf:
-            return identity.expand_as(self.before)
-        strength = ridge * torch.diagonal(self.before, dim1=1, dim2=2).mean(dim=1).clamp(min=1e-12)
-        strength[0] *= _RIDGE_OF_MEAN
-        added = strength[:, None, None] * identity
-        return (self.cross + added) @ torch.linalg.inv(self.before + added)
+    Attributes:
+        means: of the channels, before and after, shape (2, C).
+        weights: frequencies in each ring, shape (rings,).
+    """
+
+    def __init__(self, before: Tensor, after: Tensor) -> None:
+        height, width = before.shape[-2:]
+        self.means = torch.stack([latents.mean(dim=(1, 2)) for latents in (before, after)])
+        self.weights = frequencies_per_ring(height, width)
+        self._pixels = height * width
+        by_ring, _, sizes = _order(height, width, before.device)
+        halves = _in_whole_spectrum(height, width).flatten()[by_ring]
+        a, b = (torch.fft.rfft2(latents, norm="ortho").flatten(1)[:, by_ring] for latents in (before, after))
+
+        def moment(one: Tensor, other: Tensor) -> Tensor:
+            rings = zip((one * halves).split(sizes, dim=1), other.split(sizes, dim=1), strict=True)
+            sums = torch.stack([(left @ right.conj().T).real for left, right in rings])
+            return sums / self.weights.clamp(min=1)[:, None, None]
+
+        self._moments = _Moments(moment(a, a), moment(b, a), moment(b, b))
+
+    def around(self, means: Tensor) -> _Moments:
+        """Its moments when these means, shape (2, C), are taken from f = 0, which is a ring of its own."""
+        before, after = self.means - means
+        products = torch.outer(before, before), torch.outer(after, before), torch.outer(after, after)
+        moments = [moment.clone() for moment in self._moments]
+        for moment, product in zip(moments, products, strict=True):
+            moment[0] = self._pixels * product
+        return _Moments(*moments)
+
+
+def _statistics(pairs: Sequence[_Pair]) -> tuple[Tensor, _Moments]:
+    """The means of all references, shape (2, C), and their moments around these."""
+    means = torch.stack([pair.means for pair in pairs]).mean(dim=0)
+    total = torch.stack([pair.weights for pair in pairs]).sum(dim=0).clamp(min=1)
+    shares = [(pair.weights / total)[:, None, None] for pair in pairs]
+    each = [pair.around(means) for pair in pairs]
+    sums = [sum(share * moment for share, moment in zip(shares, one, strict=True)) for one in zip(*each, strict=True)]
+    return means, _Moments(*sums)
+
+
+def _matrices(moments: _Moments, ridge: float) -> Tensor:
+    """M of each ring, shape (rings, C, C)."""
+    identity = torch.eye(moments.before.shape[1]).to(moments.before)
+    if ridge == math.inf:
+        return identity.expand_as(moments.before)
+    strength = ridge * torch.diagonal(moments.before, dim1=1, dim2=2).mean(dim=1).clamp(min=1e-12)
+    strength[0] *= _RIDGE_OF_MEAN
+    added = strength[:, None, None] * identity
+    return (moments.cross + added) @ torch.linalg.inv(moments.before + added)
+
+
+def _error(moments: _Moments, matrices: Tensor) -> Tensor:
+    """The covariance of M a - b, shape (rings, C, C)."""
+    crossed = matrices @ moments.cross.mT
+    return matrices @ moments.before @ matrices.mT - crossed - crossed.mT + moments.sharp
