@@ -186,7 +186,7 @@ def test_the_noise_levels_of_flow_matching():
 @pytest.mark.parametrize(
     ("make", "least"),
     [
-        (lambda image: enlarged(image, 8), (320, 420)),
+        (lambda image: enlarged(image, 8), (320, 480)),
         (lambda image: enlarged(image, 4), (60, 190)),
         (lambda image: blurred(image, 2), (60, 320)),
         (lambda image: blurred(image, 4), (260, 460)),
