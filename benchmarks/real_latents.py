@@ -1,78 +1,90 @@
 """What defects of photographs do to the latents of real models, and what a filter can take back.
 
-    python benchmarks/real_latents.py PHOTOS... [--autoencoders FOLDER] [--names taesd taesd3 taef1] [--references 8]
+    python benchmarks/real_latents.py PHOTOS... [--autoencoders FOLDER] [--names taesd taesd3 taef1] [--publish]
 
-PHOTOS are sharp images or folders of them, of which the first ``--references`` are taken, 512 pixels from the middle of
-each. The autoencoders are tiny ones, distilled from those of SD1.5 (taesd), SDXL (taesdxl), SD3 (taesd3) and FLUX.1
-(taef1): files like ``taef1_encoder.safetensors``, as ComfyUI users have them in ``models/vae_approx``, in FOLDER or in
-the cache folder of this project's tests. Their latents are close to the real ones, not the same.
+PHOTOS are sharp images or folders of them, of which the first eight are taken (as many as a run takes), 512 pixels
+from the middle of each. The autoencoders are tiny ones, distilled from those of SD1.5 (taesd), SDXL (taesdxl), SD3
+(taesd3), FLUX.1 (taef1) and FLUX.2 (taef2): files like ``taef1_encoder.safetensors``, as ComfyUI users have them in
+``models/vae_approx``, in FOLDER, in the folder that FREQ_LOSS_AUTOENCODERS names, or in the cache folder of this
+project's tests. Their latents are close to the real ones, not the same.
 
 For each defect the table has
 
-- the least timestep of freq_loss_image_quality (d'^2 < 16), for the noise schedule of the model;
 - the common shift of the channel means, its squared norm, and the variance of these means between photographs;
 - the fraction of the squared error that is left after restoring (`freq_loss_plugin.image_quality.restoration`), by
   photographs that were left out of the fit, and the fraction left by moving the means alone;
-- the least timestep at which the error that remains biases a denoiser by at most 5% of its own error, before and after.
+- the least timestep at which the error that remains biases a denoiser by at most a fraction of its own error (5%), for
+  the noise schedule of the model, before and after restoring.
+
+``--publish`` writes what ``inspect`` and the node show, freq_loss_plugin/image_quality/published.csv.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-from collections.abc import Sequence
+import csv
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import NamedTuple
 
 import torch
-from diffusers import AutoencoderTiny
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from freq_loss_plugin.image_files import open_rgb
 from freq_loss_plugin.image_folders import of_folder
-from freq_loss_plugin.image_quality import restoration
-from freq_loss_plugin.image_quality.defects import Defect
-from freq_loss_plugin.image_quality.detectability import (
-    least_timestep,
-    patch_energy,
-    signal_to_noise,
-    stable_diffusion_alphas,
-)
+from freq_loss_plugin.image_quality import published, restoration
 from freq_loss_plugin.image_quality.pixels import as_pixels
-from freq_loss_plugin.options.config import FreqLossConfig
+from freq_loss_plugin.inspection.autoencoder import tiny_encoder
 
-CACHE = Path.home() / ".cache" / "freq_loss_plugin" / "autoencoders"
-SIDE = 512
-# 5% of a denoiser's own error.
+CACHE = Path(os.environ.get("FREQ_LOSS_AUTOENCODERS", Path.home() / ".cache" / "freq_loss_plugin" / "autoencoders"))
+SIDE, PHOTOS = 512, 8
 FRACTION = 0.05
-DEFECTS = {
-    "half the resolution": Defect(resolution=0.5),
-    "a quarter": Defect(resolution=0.25),
-    "an eighth": Defect(resolution=0.125),
-    "JPEG 70": Defect(jpeg=70),
-    "JPEG 40": Defect(jpeg=40),
-    "JPEG 10": Defect(jpeg=10),
-    "noise 10": Defect(noise=10.0),
-    "noise 20": Defect(noise=20.0),
-}
 
 
 class Family(NamedTuple):
-    """A model whose latents the autoencoder has; ``flow`` is whether it predicts a velocity."""
+    """The model whose latents a tiny autoencoder has, by its name in `published.MODELS`."""
 
-    model: str
-    channels: int
-    flow: bool
+    key: str
+
+    @property
+    def channels(self) -> int:
+        """Of the latents."""
+        return self.model.channels
+
+    @property
+    def model(self) -> published.Model:
+        """Its title and schedule."""
+        return published.MODELS[self.key]
+
+    @property
+    def flow(self) -> bool:
+        """Whether it predicts a velocity."""
+        return self.model.prediction_type == "flow"
 
 
 FAMILIES = {
-    "taesd": Family("SD1.5", 4, False),
-    "taesdxl": Family("SDXL", 4, False),
-    "taesd3": Family("SD3", 16, True),
-    "taef1": Family("FLUX.1", 16, True),
+    "taesd": Family("sd15"),
+    "taesdxl": Family("sdxl"),
+    "taesd3": Family("sd3"),
+    "taef1": Family("flux1"),
+    "taef2": Family("flux2"),
 }
+
+
+class Effect(NamedTuple):
+    """What a defect does: see the head of this file; ``floors`` has one of each of `published.FRACTIONS`."""
+
+    shift: float
+    variance: float
+    left: float
+    left_by_means: float
+    floor_before: int
+    floor: int
+    floors: Sequence[int]
 
 
 def load_encoder(name: str, folder: Path) -> nn.Module:
@@ -81,13 +93,12 @@ def load_encoder(name: str, folder: Path) -> nn.Module:
     Raises:
         FileNotFoundError: there is none of that name.
     """
-    file = folder / f"{name}_encoder.safetensors"
-    if not file.is_file():
-        raise FileNotFoundError(f"no {file}; ComfyUI users have it in models/vae_approx: give --autoencoders FOLDER")
-    encoder: nn.Module = AutoencoderTiny(latent_channels=FAMILIES[name].channels).encoder
-    weights = {f"layers.{key.removeprefix('encoder.')}": value.float() for key, value in load_file(file).items()}
-    encoder.load_state_dict(weights)
-    return encoder.eval()
+    file, other = (folder / f"{name}_encoder.{ending}" for ending in ("safetensors", "pth"))
+    if file.is_file():
+        return tiny_encoder(load_file(file))
+    if other.is_file():
+        return tiny_encoder(torch.load(other, weights_only=True))
+    raise FileNotFoundError(f"no {file}; ComfyUI users have it in models/vae_approx: give --autoencoders FOLDER")
 
 
 def middle(file: Path) -> Image.Image:
@@ -104,29 +115,29 @@ def encode(encoder: nn.Module, images: Sequence[Image.Image]) -> list[Tensor]:
     return [encoder(as_pixels(image)[None] * 2 - 1)[0] for image in images]
 
 
-def row(sharp: list[Tensor], bad: list[Tensor], family: Family) -> list[str]:
-    """The cells for one defect of one family."""
-    snr = signal_to_noise("flow") if family.flow else signal_to_noise("epsilon", stable_diffusion_alphas())
-    energies = [
-        patch_energy(one - other, 64 * one[0].numel(), 64 * one[0].numel())
-        for one, other in zip(bad, sharp, strict=True)
-    ]
-    today = least_timestep(statistics.median(energies), snr, FreqLossConfig.image_quality_threshold)
+def effect(sharp: list[Tensor], bad: list[Tensor], snr: Tensor) -> Effect:
+    """What a defect does to the latents of photographs, and what remains after restoring."""
+    fitted = restoration.fit(sharp, bad)
     means, bad_means = (torch.stack([latents.mean(dim=(1, 2)) for latents in which]) for which in (sharp, bad))
     shift = float((bad_means - means).mean(dim=0).square().sum())
     variance = float((means - means.mean(dim=0)).square().sum(dim=1).mean())
-    fitted = restoration.fit(sharp, bad)
-    per_ring = restoration.frequencies_per_ring(*sharp[0].shape[-2:]).float()
+    change = mean(float((one - other).square().sum()) for one, other in zip(bad, sharp, strict=True))
+    moved = 1 - shift * sharp[0][0].numel() / change
+    before = restoration.least_timestep(fitted.error_before, fitted.sharp, snr, FRACTION, fitted.counts)
+    floors = [fitted.least_timestep(snr, fraction) for fraction in published.FRACTIONS]
+    return Effect(shift, variance, 1 - fitted.restored, moved, before, fitted.least_timestep(snr, FRACTION), floors)
 
-    def total(covariances: Tensor) -> float:
-        return float(covariances.diagonal(dim1=1, dim2=2).sum(dim=1) @ per_ring)
 
-    moved = total(fitted.error_before) - shift * sharp[0][0].numel()
-    floors = [
-        restoration.least_timestep(error, fitted.sharp, snr, FRACTION) for error in (fitted.error_before, fitted.error)
-    ]
-    left = [total(fitted.error) / total(fitted.error_before), moved / total(fitted.error_before)]
-    return [f"{today}", f"{shift:.2f} / {variance:.2f}", *(f"{value:.2f}" for value in left), *map(str, floors)]
+def effects(family: Family, encoder: nn.Module, images: Sequence[Image.Image]) -> Iterator[tuple[str, float, Effect]]:
+    """Kind, level and effect of each defect, for each kind the mildest first; a worse one has no lower floor."""
+    sharp = encode(encoder, images)
+    for kind, levels in published.LEVELS.items():
+        highest = [0] * len(published.FRACTIONS)
+        for level in levels:
+            bad = encode(encoder, [published.defect_of(kind, level).apply(image) for image in images])
+            found = effect(sharp, bad, family.model.snr)
+            highest = list(map(max, highest, found.floors))
+            yield kind, level, found._replace(floors=highest)
 
 
 def main() -> None:
@@ -134,20 +145,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photos", nargs="+", type=Path)
     parser.add_argument("--autoencoders", type=Path, default=CACHE)
-    parser.add_argument("--names", nargs="+", choices=tuple(FAMILIES), default=["taesd", "taesd3", "taef1"])
-    parser.add_argument("--references", type=int, default=8)
+    parser.add_argument("--names", nargs="+", choices=tuple(FAMILIES), default=tuple(FAMILIES))
+    parser.add_argument("--publish", action="store_true")
     options = parser.parse_args()
+    if options.publish and set(options.names) != set(FAMILIES):
+        parser.error("--publish needs all autoencoders: leave --names out")
     files = [file for path in options.photos for file in (of_folder(path) if path.is_dir() else [path])]
-    images = [middle(file) for file in files[: options.references]]
+    images = [middle(file) for file in files[:PHOTOS]]
     print(f"{len(images)} photographs, tiny autoencoders\n")
-    heads = ("today", "shift / variance", "left, restored", "left, means moved", "5%, before", "5%, restored")
+    heads = ("shift / variance", "left, restored", "left, means moved", "5%, before", "5%, restored")
     print(f"| model | defect | {' | '.join(heads)} |\n{'|---' * (len(heads) + 2)}|")
+    rows = []
     for name in options.names:
-        encoder = load_encoder(name, options.autoencoders)
-        sharp = encode(encoder, images)
-        for title, defect in DEFECTS.items():
-            bad = encode(encoder, [defect.apply(image) for image in images])
-            print(f"| {FAMILIES[name].model} | {title} | {' | '.join(row(sharp, bad, FAMILIES[name]))} |", flush=True)
+        family = FAMILIES[name]
+        for kind, level, found in effects(family, load_encoder(name, options.autoencoders), images):
+            cells = [f"{found.shift:.2f} / {found.variance:.2f}", f"{found.left:.2f}", f"{found.left_by_means:.2f}"]
+            cells += [f"{found.floor_before}", f"{found.floor}"]
+            title = str(published.defect_of(kind, level))
+            print(f"| {family.model.title} | {title} | {' | '.join(cells)} |", flush=True)
+            restored = min(max(1 - found.left, 0), 1)
+            rows.append((family.key, kind, f"{level:.4g}", f"{restored:.3f}", *found.floors))
+    if options.publish:
+        with published.FILE.open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([published.COLUMNS, *rows])
+        print(f"\nwrote {published.FILE}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Writes the tables of options in this folder, from the fields of the dataclasses that are named in their markers.
 
+Where a marker names a function, the table is what that returns.
+
 python docs/generate.py
 """
 
@@ -27,7 +29,8 @@ def generated(text: str) -> str:
 
 
 def _table(module: str, name: str) -> str:
-    return markdown_table(getattr(importlib.import_module(module), name))
+    named = getattr(importlib.import_module(module), name)
+    return markdown_table(named) if isinstance(named, type) else named()
 
 
 def main() -> None:

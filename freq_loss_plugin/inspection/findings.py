@@ -26,14 +26,16 @@ class Finding:
         name: the file, relative to the folder that all images have in common.
         file: its path.
         measured: what was measured; None where it cannot be read.
-        least: the least timestep for SD1.x, SD2.x and SDXL, and for flow matching; None where it is not known.
+        restored: the fraction of the squared error in its latents that a filter takes back; 0 where nothing is wrong.
+        least: the least timestep at which it then trains; 0 where it trains at all of them.
         error: why it cannot be read.
     """
 
     name: str
     file: Path
     measured: Measurement | None
-    least: tuple[int, int] | None = None
+    restored: float = 0.0
+    least: int = 0
     error: str = ""
 
     @property
@@ -60,8 +62,7 @@ class Finding:
     @property
     def badness(self) -> tuple[bool, int, bool, float]:
         """What the images are sorted by: those that cannot be read, the least timestep, and those not known."""
-        least = self.least[0] if self.least else int(self.is_bad)
-        return self.measured is None, least, self.quality == NOT_KNOWN, -(self.resolution or 1.0)
+        return self.measured is None, self.least, self.quality == NOT_KNOWN, -(self.resolution or 1.0)
 
     @property
     def remark(self) -> str:
@@ -71,14 +72,14 @@ class Finding:
         return "; ".join(self.measured.notes) or ("" if self.is_bad else self.quality)
 
     def cells(self) -> list[str]:
-        """Size, effective resolution, JPEG quality, noise and both least timesteps, as text."""
+        """Size, effective resolution, JPEG quality, noise, restored fraction and least timestep, as text."""
         one = self.measured
         if one is None:
             return ["?"] * 6
-        least = self.least or (("?", "?") if self.is_bad else (0, 0))
         size = f"{one.size[0]}x{one.size[1]}"
         resolution = "?" if self.resolution is None else f"{self.resolution:.0%}"
-        return [size, resolution, str(one.jpeg or "-"), f"{one.noise:.1f}", *map(str, least)]
+        restored = f"{self.restored:.0%}" if one.defect else "-"
+        return [size, resolution, str(one.jpeg or "-"), f"{one.noise:.1f}", restored, str(self.least)]
 
     def as_json(self) -> dict[str, Any]:
         """Everything, as JSON has it."""
@@ -96,23 +97,23 @@ class Finding:
             "blur": one.blur,
             "jpeg_quality": one.jpeg,
             "noise": one.noise,
-            "least_timestep_sd": self.least[0] if self.least else None,
-            "least_timestep_flow": self.least[1] if self.least else None,
+            "restored": self.restored if one.defect else None,
+            "least_timestep": self.least,
             "notes": list(one.notes),
         }
 
 
-HEADINGS = ("image", "size", "resolution", "JPEG", "noise", "t, SD", "t, flow", "remark")
+HEADINGS = ("image", "size", "resolution", "JPEG", "noise", "restored", "t", "remark")
 
 
 def make_findings(
-    found: Mapping[Path, Measurement | str], least: Mapping[Path, tuple[int, int]] | None
+    found: Mapping[Path, Measurement | str], restoring: Mapping[Path, tuple[float, int]]
 ) -> list[Finding]:
     """The findings, worst first.
 
     Args:
         found: a measurement for each image, or why there is none.
-        least: least timesteps of images with a defect; None where they could not be found.
+        restoring: the restored fraction and the least timestep of each image with a defect.
     """
     folder = _common_folder(list(found))
     findings = []
@@ -120,10 +121,8 @@ def make_findings(
         name = (file if folder is None else file.relative_to(folder)).as_posix()
         if isinstance(one, str):
             findings.append(Finding(name, file, None, error=one))
-        elif least is None and one.defect:
-            findings.append(Finding(name, file, one))
         else:
-            findings.append(Finding(name, file, one, (least or {}).get(file, (0, 0))))
+            findings.append(Finding(name, file, one, *restoring.get(file, (0.0, 0))))
     return sorted(findings, key=lambda finding: finding.badness, reverse=True)
 
 
@@ -165,7 +164,7 @@ def advice(findings: Sequence[Finding]) -> list[str]:
             f"remove them{hint}."
         )
     if count[DEFECT]:
-        said += _about_bad(count[FULL], count[DEFECT], len(findings))
+        said += _about_bad([each for each in findings if each.quality == DEFECT], count[FULL], len(findings))
     if count[NOT_KNOWN]:
         said.append(
             f"Of {count[NOT_KNOWN]} images the quality is not known, for the reason beside them: they train at all "
@@ -176,20 +175,30 @@ def advice(findings: Sequence[Finding]) -> list[str]:
     return said or ["Nothing to do: all are of full quality."]
 
 
-def _about_bad(sharp: int, bad: int, number: int) -> list[str]:
+def _about_bad(bad: Sequence[Finding], sharp: int, number: int) -> list[str]:
     if not sharp:
         return [
             "No image is known to be of full quality, so there is nothing to compare with, and nothing that teaches "
             "fine detail. Add sharp images; a few are enough. Or, where the softness is the style, leave "
             "freq_loss_image_quality off; or set least timesteps by hand in [freq_loss.image_quality].",
         ]
+    later = [each.least for each in bad if each.least > 0]
     said = [
-        f'freq_loss_image_quality = "auto" trains the {bad} bad images at their least timestep (t) and above only, '
-        "where their defects cannot be seen. Better versions of them, if there are any, are better still."
+        f'freq_loss_image_quality = "auto" restores the latents of the {len(bad)} bad images with a filter, which '
+        f"takes back {_range([round(100 * each.restored) for each in bad])}% of the squared error of their latents.",
+        f"{len(later)} of {number} images no longer train below t = {_range(later)} (of 1000), the others at every t."
+        if later
+        else "All images train at every timestep.",
+        "Better versions of the bad images, if there are any, are better still.",
     ]
     if sharp < _FEW * number:
         said.append(f"Only {sharp} of {number} are of full quality: little teaches fine detail. Add sharp ones.")
     return said
+
+
+def _range(values: Sequence[int]) -> str:
+    """``540``, or ``380 to 690``."""
+    return " to ".join(map(str, sorted({min(values), max(values)})))
 
 
 def _common_folder(files: Sequence[Path]) -> Path | None:

@@ -49,16 +49,17 @@ def render(findings: Sequence[Finding], words: Sequence[str]) -> str:
     return template
 
 
-def plot(findings: Sequence[Finding]) -> Image.Image:
+def plot(findings: Sequence[Finding], model: str) -> Image.Image:
     """The fraction of the images that train at each timestep.
+
+    Args:
+        findings: what was found.
+        model: the title of the model.
 
     Raises:
         ImportError: matplotlib is missing.
     """
-    known = [finding.least for finding in findings if finding.least is not None]
-    names = ("SD1.x, SD2.x, SDXL", "flow matching")
-    values = {name: [least[column] for least in known] for column, name in enumerate(names)}
-    pixels = timesteps_plot(values, len(findings))
+    pixels = timesteps_plot({model: [each.least for each in findings if each.measured]}, len(findings))
     return Image.fromarray((pixels.numpy() * 255).astype(np.uint8))
 
 
