@@ -23,8 +23,8 @@ def benchmark():
     return module
 
 
-@pytest.mark.parametrize("name", ["taef1", "taesd", "taef2"])
-def test_a_blur_moves_the_means_and_a_filter_takes_most_of_it_back(benchmark, name):
+@pytest.mark.parametrize(("name", "left"), [("taef1", 0.4), ("taesd", 0.75), ("taef2", 0.85)])
+def test_a_blur_moves_the_means_and_a_filter_takes_a_part_of_it_back(benchmark, name, left):
     """On photos of another kind than those of the published table, which is not far off nevertheless."""
     folder = Path(pytest.importorskip("skimage").__file__).parent / "data"
     try:
@@ -38,11 +38,11 @@ def test_a_blur_moves_the_means_and_a_filter_takes_most_of_it_back(benchmark, na
     bad = benchmark.encode(encoder, [quarter.apply(image) for image in images])
     fitted = restoration.fit(sharp[:4], bad[:4])
     before, after = ((one - sharp[4]).square().sum() for one in (bad[4], fitted.apply(bad[4])))
-    assert after < (0.8 if name == "taesd" else 0.6) * before
+    assert after < left * before
     found = benchmark.effect(sharp, bad, family.model.snr)
     assert found.left < found.left_by_means < 1
     assert found.floor < found.floor_before
     assert list(found.floors) == sorted(found.floors, reverse=True)
     restored, least = lookup(family.key, quarter, benchmark.FRACTION)
     assert 1 - found.left == pytest.approx(restored, abs=0.2)
-    assert found.floor == pytest.approx(least, abs=150)
+    assert found.floor == pytest.approx(least, abs=60)
