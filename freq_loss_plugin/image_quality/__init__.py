@@ -3,6 +3,7 @@
 edges, spectrum, jpeg, noise    what an image shows of its blur, its compression and its noise
 measurement                     one image file
 defects                         the same defects, made on a good image
-detectability                   at which noise levels a defect is drowned
+dead_leaves                     synthetic good images
+restoration                     latents of images with a defect, brought close to those of good ones, and what remains
 survey                          all images of a run
 """

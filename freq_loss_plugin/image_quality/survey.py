@@ -2,7 +2,8 @@
 
 Images without a defect are the references: each defect is made on them, and the VAE of the run tells what it does to
 their latents. A filter takes that back as far as it can, and the least timestep hides what remains
-(`freq_loss_plugin.image_quality.restoration`).
+(`freq_loss_plugin.image_quality.restoration`). Sharp images of a set may be few and alike, and a filter that has seen
+nothing else makes others worse. So as many synthetic images are among the references (`SYNTHETIC`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from .. import image_files
 from ..options.config import FreqLossConfig
 from ..options.fields import ConfigError
 from ..options.image_rules import LEAST, RESOLUTION, rules_by_image
+from . import dead_leaves
 from .defects import Defect
 from .measurement import Measurement
 from .measuring import Measured, measure_all
@@ -34,9 +36,10 @@ Restorations: TypeAlias = Mapping[Defect, Restoration]
 # The entry of a LoRA file's metadata that holds the summary.
 SUMMARY_KEY = "ss_freq_loss_image_quality_summary"
 GRANULARITY = 64  # at least the factor of any VAE
+SYNTHETIC = 8
 _REFERENCES, _MOST_REFERENCE_SIDE = 8, 512
-# Fewer sharp images than this fraction are worth a warning, and so are fewer references than this number.
-_FEW, _FEW_REFERENCES = 0.1, 3
+# Fewer sharp images than this fraction are worth a warning.
+_FEW = 0.1
 # Images that train above this fraction of the timesteps alone hardly train.
 _HARDLY = 0.95
 _MOST_LISTED = 8
@@ -111,7 +114,7 @@ def survey(
     found = found if is_auto else {}
     others = [image for image in images if image not in least and image not in defects]
     sharp = [image for image in others if image not in found or found[image].is_known]
-    warnings = [*_notes(found), *_few(images, least, len(sharp), len(references) if defects else None, end)]
+    warnings = [*_notes(found), *_few(images, least, len(sharp), end)]
     return Survey(least, restorations, _summary(images, defects, least, by_defect, len(sharp)), warnings)
 
 
@@ -145,7 +148,7 @@ def fit_defects(
 
     Args:
         defects: what is made on the references.
-        references: good images.
+        references: good images; synthetic ones join them.
         encode: see `Encode`.
         most_side: only the middle of larger references is encoded.
     """
@@ -153,6 +156,8 @@ def fit_defects(
     if not defects:
         return {}
     images = [_middle(reference, most_side) for reference in references]
+    side = max(min(image.size) for image in images)
+    images += [dead_leaves.draw(side, seed) for seed in range(SYNTHETIC)]
     with tqdm(total=len(images) * (len(defects) + 1), desc="comparing image qualities", leave=False) as bar:
 
         def encode_all(damaged: Iterable[Image.Image]) -> list[Tensor]:
@@ -254,7 +259,6 @@ def _few(
     images: Sequence[TrainedImage],
     least: Mapping[TrainedImage, int],
     sharp: int,
-    references: int | None,
     end: int,
 ) -> list[str]:
     """What there is too little of.
@@ -263,15 +267,9 @@ def _few(
         images: all.
         least: their least timesteps.
         sharp: how many are of full quality.
-        references: with how many of these defects were compared; None where there is none.
         end: see `survey`.
     """
     warnings = []
-    if references is not None and references < _FEW_REFERENCES:
-        warnings.append(
-            f"only {references} sharp images to compare with, each at least {GRANULARITY} pixels wide and high: "
-            "defects are restored less, and hidden at higher noise levels, than with more of them; add sharp images"
-        )
     if least and sharp < _FEW * len(images):
         warnings.append(
             f"only {sharp} of {len(images)} images are of full quality: hardly anything teaches the fine detail, which "
