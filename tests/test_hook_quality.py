@@ -262,7 +262,7 @@ def test_validation_is_left_alone(stand_ins):
 
 
 def test_the_stand_ins_have_the_schedule_that_least_timesteps_assume(stand_ins):
-    from freq_loss_plugin.image_quality.detectability import stable_diffusion_alphas
+    from freq_loss_plugin.image_quality.noise_schedules import stable_diffusion_alphas
 
     for name in ("sd15", "sdxl"):
         expected = stand_ins.make(name).scheduler.alphas_cumprod

@@ -16,9 +16,9 @@ from PIL import Image
 
 from freq_loss_plugin import ConfigError, FreqLossConfig
 from freq_loss_plugin.image_quality import measurement_cache
-from freq_loss_plugin.image_quality.detectability import signal_to_noise
 from freq_loss_plugin.image_quality.measurement import _Room, measure_file, measure_image
 from freq_loss_plugin.image_quality.measuring import _thread_count, measure_all
+from freq_loss_plugin.image_quality.noise_schedules import signal_to_noise
 from freq_loss_plugin.image_quality.survey import survey
 from freq_loss_plugin.image_quality.trained_image import TrainedImage
 from kohya_patch.image_quality import in_one_process, measure_together

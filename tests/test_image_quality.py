@@ -16,9 +16,9 @@ from PIL import Image, ImageDraw
 from freq_loss_plugin import ConfigError, FreqLossConfig
 from freq_loss_plugin.image_quality import dead_leaves
 from freq_loss_plugin.image_quality.defects import Defect
-from freq_loss_plugin.image_quality.detectability import signal_to_noise, stable_diffusion_alphas
 from freq_loss_plugin.image_quality.measurement import measure_file, measure_image
 from freq_loss_plugin.image_quality.measuring import measure_all
+from freq_loss_plugin.image_quality.noise_schedules import signal_to_noise, stable_diffusion_alphas
 from freq_loss_plugin.image_quality.pixels import as_pixels
 from freq_loss_plugin.image_quality.restoration import fit
 from freq_loss_plugin.image_quality.spectrum import fit_power_law

@@ -11,7 +11,7 @@ from bad_images import scene
 from diffusers import AutoencoderKL
 
 from freq_loss_plugin.image_quality.defects import Defect
-from freq_loss_plugin.image_quality.detectability import signal_to_noise
+from freq_loss_plugin.image_quality.noise_schedules import signal_to_noise
 from freq_loss_plugin.image_quality.pixels import as_pixels
 from freq_loss_plugin.image_quality.restoration import RIDGES, RINGS, fit, least_timestep, ring_of
 from freq_loss_plugin.toy_model import model_folder

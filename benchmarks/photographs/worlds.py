@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from benchmarks.real_latents import FAMILIES
-from freq_loss_plugin.image_quality.detectability import signal_to_noise, stable_diffusion_alphas
+from freq_loss_plugin.image_quality.noise_schedules import signal_to_noise, stable_diffusion_alphas
 from freq_loss_plugin.loss.latents import PredictionType
 
 MODELS = Path(__file__).parent / "models"

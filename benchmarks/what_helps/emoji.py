@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from assets.make_tiny_flow import emoji
 from assets.make_tiny_flow.features import features_of
 from assets.make_tiny_flow.model import load
-from freq_loss_plugin.image_quality.detectability import signal_to_noise
+from freq_loss_plugin.image_quality.noise_schedules import signal_to_noise
 from freq_loss_plugin.loss.latents import PredictionType
 from freq_loss_plugin.training.random_streams import separate_random_stream
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from freq_loss_plugin.engine.comparison import Sampling, sample
 from freq_loss_plugin.engine.model import Model, load
 from freq_loss_plugin.engine.settings import Settings
-from freq_loss_plugin.image_quality.detectability import signal_to_noise
+from freq_loss_plugin.image_quality.noise_schedules import signal_to_noise
 from freq_loss_plugin.loss.latents import PredictionType
 from freq_loss_plugin.toy_model import model_folder
 from freq_loss_plugin.toy_model.attributes import frame_fraction, measure, weave_agreement

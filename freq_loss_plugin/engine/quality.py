@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..image_quality.detectability import signal_to_noise
+from ..image_quality.noise_schedules import signal_to_noise
 from ..image_quality.pixels import as_pixels
 from ..image_quality.survey import Survey, survey
 from ..image_quality.trained_image import TrainedImage

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..loss.latents import PredictionType
 from ..options.config import FreqLossConfig
 from .defects import Defect
-from .detectability import signal_to_noise, stable_diffusion_alphas
+from .noise_schedules import signal_to_noise, stable_diffusion_alphas
 
 FILE = Path(__file__).with_name("published.csv")
 # The table has a column of least timesteps for each of these fractions, see `restoration.least_timestep`.

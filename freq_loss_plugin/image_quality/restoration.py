@@ -148,7 +148,7 @@ def least_timestep(error: Tensor, sharp: Tensor, snr: Tensor, fraction: float, c
     Args:
         error: E, shape (rings, C, C).
         sharp: S, of the same shape.
-        snr: see `freq_loss_plugin.image_quality.detectability.signal_to_noise`, shape (1000,).
+        snr: see `freq_loss_plugin.image_quality.noise_schedules.signal_to_noise`, shape (1000,).
         fraction: above 0.
         counts: frequencies in each ring, shape (rings,); those of latents of 64×64 where left out.
     """

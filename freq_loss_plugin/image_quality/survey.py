@@ -82,7 +82,7 @@ def survey(
         images: the training images at the sizes at which they are trained; the same in all processes.
         config: the options.
         encode: see `Encode`.
-        snr: see `freq_loss_plugin.image_quality.detectability.signal_to_noise`.
+        snr: see `freq_loss_plugin.image_quality.noise_schedules.signal_to_noise`.
         end: the end, exclusive, of the timesteps that the trainer draws, on the scale 0..1000.
         measure: measures images.
         once: does the work that is to be done by one process of several, and returns its result in all of them.
@@ -176,7 +176,7 @@ def floors_of(restorations: Restorations, snr: Tensor, fraction: float) -> dict[
 
     Args:
         restorations: what remains of each defect.
-        snr: see `freq_loss_plugin.image_quality.detectability.signal_to_noise`.
+        snr: see `freq_loss_plugin.image_quality.noise_schedules.signal_to_noise`.
         fraction: see `freq_loss_plugin.image_quality.restoration.least_timestep`.
     """
     floors = {defect: one.least_timestep(snr, fraction) for defect, one in restorations.items()}

@@ -24,8 +24,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from freq_loss_plugin import ConfigError, FreqLossConfig, image_files
-from freq_loss_plugin.image_quality.detectability import signal_to_noise
 from freq_loss_plugin.image_quality.measurement import Measurement, Size, measure_image
+from freq_loss_plugin.image_quality.noise_schedules import signal_to_noise
 from freq_loss_plugin.image_quality.old_caches import warn_of_old
 from freq_loss_plugin.image_quality.sizes import covering
 from freq_loss_plugin.image_quality.survey import survey

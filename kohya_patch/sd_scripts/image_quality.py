@@ -15,7 +15,7 @@ from torch import Tensor
 
 from freq_loss_plugin import ConfigError, FreqLossConfig
 from freq_loss_plugin.image_folders import SOURCES, find_images
-from freq_loss_plugin.image_quality.detectability import signal_to_noise, stable_diffusion_alphas
+from freq_loss_plugin.image_quality.noise_schedules import signal_to_noise, stable_diffusion_alphas
 from freq_loss_plugin.image_quality.old_caches import warn_of_old
 from freq_loss_plugin.image_quality.pixels import as_pixels
 from freq_loss_plugin.image_quality.survey import survey
