@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 from diffusers import AutoencoderTiny
@@ -15,13 +13,6 @@ from torch import Tensor, nn
 
 from benchmarks.real_latents import CACHE, FAMILIES, load_encoder
 from freq_loss_plugin.image_quality.pixels import as_pixels
-
-_VARIABLE = "FREQ_LOSS_AUTOENCODERS"
-
-
-def folder() -> Path:
-    """Where the autoencoders are."""
-    return Path(os.environ.get(_VARIABLE, CACHE))
 
 
 @torch.no_grad()
@@ -52,19 +43,22 @@ def decode(name: str, latents: Tensor) -> Tensor:
 @lru_cache
 def _encoder(name: str) -> nn.Module:
     try:
-        encoder = load_encoder(name, folder())
+        encoder = load_encoder(name, CACHE)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{error}, or set {_VARIABLE}; the weights are on github.com/madebyollin/taesd too"
+            f"{error}, or set FREQ_LOSS_AUTOENCODERS; the weights are on github.com/madebyollin/taesd too"
         ) from None
     return encoder.requires_grad_(False).to(memory_format=torch.channels_last)
 
 
 @lru_cache
 def _decoder(name: str) -> nn.Module:
-    file = folder() / f"{name}_decoder.safetensors"
+    file = CACHE / f"{name}_decoder.safetensors"
     if not file.is_file():
-        raise FileNotFoundError(f"no {file}: get it from github.com/madebyollin/taesd, or set {_VARIABLE}")
+        raise FileNotFoundError(
+            f"no {file}: ComfyUI users have it in models/vae_approx, and it is on github.com/madebyollin/taesd; set "
+            "FREQ_LOSS_AUTOENCODERS to its folder"
+        )
     decoder: nn.Module = AutoencoderTiny(latent_channels=FAMILIES[name].channels).decoder
     weights = {}
     for key, value in load_file(file).items():

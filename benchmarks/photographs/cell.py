@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -11,8 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from freq_loss_plugin.image_files import open_rgb
-from freq_loss_plugin.image_quality import restoration
+from freq_loss_plugin.image_quality import dead_leaves, restoration
 from freq_loss_plugin.image_quality.restoration import Restoration
+from freq_loss_plugin.image_quality.survey import SYNTHETIC
 
 from . import autoencoders, photographs
 from .arms import Arm
@@ -22,6 +24,9 @@ from .worlds import WORLDS, World
 TRAINING = 24
 # Squares of each photograph that is not trained on: the first is validated on, all are compared with samples.
 _OTHERS = 2
+# As in `freq_loss_plugin.image_quality.survey`.
+_REFERENCES = 8
+# Of the rule of detectability: of d'^2, in a patch of so many pixels along each side, and the cap.
 _THRESHOLD, _PATCH, _HIGHEST = 16.0, 128, 900
 HIGHEST = 999
 
@@ -90,16 +95,19 @@ class Fit:
     Attributes:
         restored: the filter.
         means: one that moves the channel means alone.
+        as_in_runs: one that is fitted on some of these images and on synthetic ones; see `survey.fit_defects`.
         distance: squared, between latents with and without the defect, its median over references; of a patch.
     """
 
     restored: Restoration
     means: Restoration
+    as_in_runs: Restoration
     distance: float
 
     def repair(self, arm: Arm) -> Restoration | None:
         """What an arm does to latents."""
-        return {"nothing": None, "means": self.means, "restored": self.restored}[arm.repair]
+        repairs = {"nothing": None, "means": self.means, "restored": self.restored, "as in runs": self.as_in_runs}
+        return repairs[arm.repair]
 
     def least(self, arm: Arm, snr: Tensor) -> int:
         """The least timestep of images with the defect."""
@@ -109,8 +117,12 @@ class Fit:
             seen = (snr * self.distance >= _THRESHOLD).nonzero()
             return min(int(seen.max()) + 1, _HIGHEST) if len(seen) else 0
         repair = self.repair(arm)
-        error = self.restored.error_before if repair is None else repair.error
-        return min(restoration.least_timestep(error, self.restored.sharp, snr, arm.floor), HIGHEST)
+        if repair is None:
+            one = self.restored
+            least = restoration.least_timestep(one.error_before, one.sharp, snr, arm.floor, one.counts)
+        else:
+            least = repair.least_timestep(snr, arm.floor)
+        return min(least, HIGHEST)
 
 
 @dataclass(frozen=True)
@@ -162,19 +174,43 @@ def prepare(cell: Cell) -> Prepared:
 
 
 def _fit(world: World, kind: str, found: Photographs, good: int) -> Fit:
-    references = [NOMINAL[kind].apply(image, seed) for seed, image in enumerate(found.training[:good])]
-    sharp, bad = found.sharp[:good], autoencoders.encode(world.autoencoder, references)
+    images = [*found.training[:good], *_synthetic()]
+    bad = autoencoders.encode(
+        world.autoencoder, [NOMINAL[kind].apply(image, seed) for seed, image in enumerate(images)]
+    )
+    (bad, synthetic), sharp = bad.split([good, SYNTHETIC]), found.sharp[:good]
+    some = slice(None, None, -(-good // _REFERENCES))
+    as_in_runs = restoration.fit([*sharp[some], *_synthetic_latents(world)], [*bad[some], *synthetic])
     fitted = restoration.fit(list(sharp), list(bad))
     energies = (bad - sharp).square().sum(dim=(1, 2, 3)) * (_PATCH / photographs.SIDE) ** 2
-    return Fit(fitted, _means_alone(fitted, sharp, bad), float(energies.median()))
+    return Fit(fitted, _means_alone(fitted, sharp, bad), as_in_runs, float(energies.median()))
+
+
+@lru_cache(maxsize=1)
+def _synthetic() -> list[Image.Image]:
+    return [dead_leaves.draw(photographs.SIDE, seed) for seed in range(SYNTHETIC)]
+
+
+@lru_cache
+def _synthetic_latents(world: World) -> Tensor:
+    return autoencoders.encode(world.autoencoder, _synthetic())
 
 
 def _means_alone(fitted: Restoration, sharp: Tensor, bad: Tensor) -> Restoration:
     """A filter that moves the channel means, and what remains then, by references left out one at a time."""
     count, pixels = len(sharp), sharp[0, 0].numel()
-    differences = (bad - sharp).mean(dim=(2, 3))
+    before, after = bad.mean(dim=(2, 3)), sharp.mean(dim=(2, 3))
+    differences = before - after
     left_out = (differences - differences.mean(dim=0)) * count / (count - 1)
     error = fitted.error_before.clone()
     error[0] = left_out.T @ left_out * pixels / count
-    identity = torch.eye(sharp.shape[1]).expand_as(fitted.matrices)
-    return replace(fitted, matrices=identity, error=error)
+    return Restoration(
+        matrices=torch.eye(sharp.shape[1]).expand_as(fitted.matrices),
+        mean_before=before.mean(dim=0),
+        mean_after=after.mean(dim=0),
+        error=error,
+        error_before=fitted.error_before,
+        sharp=fitted.sharp,
+        ridge=math.inf,
+        counts=fitted.counts,
+    )
