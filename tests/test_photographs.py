@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import sys
 from dataclasses import replace
@@ -122,7 +121,8 @@ def test_floors_fall_with_the_fraction_and_with_what_is_repaired(data):
     by_fraction = [least(f"restored, gated at {fraction}%") for fraction in (2, 5, 15)]
     assert by_fraction == sorted(by_fraction, reverse=True)
     assert len(set(by_fraction)) == 3
-    assert least("restored, gated at 5%") < least("means moved, gated at 5%") < least("gated at 5%") < least("d'² < 16")
+    assert least("restored, gated at 5%") < least("means moved, gated at 5%") < least("gated at 5%")
+    assert least("d'² < 16") == 900
     assert least(PLAIN) == least("restored") == 0
 
 
@@ -157,7 +157,7 @@ def test_a_trial_is_written_as_it_ends_and_not_repeated(data, tmp_path, monkeypa
     def run(*arms):
         monkeypatch.setattr(sys, "argv", ["photographs", *options, *arms])
         command.main()
-        return list(csv.DictReader((tmp_path / "study.csv").open(encoding="utf-8")))
+        return report.read(tmp_path / "study.csv")
 
     first = run(PLAIN)
     assert [row["arm"] for row in first] == [PLAIN]

@@ -7,7 +7,6 @@ import csv
 import io
 import math
 import sys
-import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -83,6 +82,10 @@ def _run_all(trials: Iterable[Trial], options: argparse.Namespace, file: Path, *
     if not file.is_file():
         file.write_text(_line(COLUMNS), encoding="utf-8")
     steps = options.steps or STEPS
+    if options.processes == 1:
+        for part in tqdm(by_cell.values(), file=sys.stdout):
+            _run_cell(part, file, steps, samples)
+        return
     with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
         waiting = [pool.submit(_run_cell, part, file, steps, samples) for part in by_cell.values()]
         for ended in tqdm(as_completed(waiting), total=len(waiting), file=sys.stdout):
@@ -91,7 +94,6 @@ def _run_all(trials: Iterable[Trial], options: argparse.Namespace, file: Path, *
 
 def _run_cell(trials: Sequence[Trial], file: Path, steps: int, samples: bool) -> None:
     torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")
     for trial in trials:
         row = run(trial, steps=steps, samples=samples)
         # One write for each line: lines of other processes cannot come in between.
