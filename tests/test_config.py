@@ -105,7 +105,7 @@ def test_defaults_are_those_of_the_specification():
         "grad_cosine": False,
         "validation": False,
         "image_quality": "off",
-        "image_quality_threshold": 0.05,
+        "image_quality_threshold": 0.02,
         "image_rules": None,
         "guidance_token": 0.0,
         "network_module": None,

@@ -18,13 +18,12 @@ pytest.importorskip("peft")
 
 from benchmarks.photographs import __main__ as command
 from benchmarks.photographs import autoencoders, cell, images, measures, photographs, report, training, trial
-from benchmarks.photographs.arms import ALL_SHARP, ARMS, BY_NAME, PLAIN, SHARP_ALONE
+from benchmarks.photographs.arms import ALL_SHARP, AS_IN_RUNS, BY_NAME, PILOT, PLAIN, SHARP_ALONE, STUDY
 from benchmarks.photographs.cell import Cell
 from benchmarks.photographs.worlds import WORLDS
 from freq_loss_plugin.image_files import open_rgb
 
 FLUX, SD = WORLDS["flux"], WORLDS["sd"]
-GATED = "restored, gated at 5%, weighted"
 ONE_CELL = "study --worlds flux --styles negative --defects quarter --fractions 0.75 --seeds 1 --first_seed 1"
 
 
@@ -152,7 +151,7 @@ def test_a_trial_is_written_as_it_ends_and_not_repeated(data, tmp_path, monkeypa
     (tmp_path / "rates.csv").write_text(
         "world,rate,validation\nflux,0.001,0.99\nflux,0.002,0.98\nsd,0.001,0.97\n", encoding="utf-8"
     )
-    options = [*ONE_CELL.split(), "--steps", "2", "--processes", "1", "--results", str(tmp_path), "--arms"]
+    options = [*ONE_CELL.split(), "--steps", "2", "--processes", "1", "--samples", "--results", str(tmp_path), "--arms"]
 
     def run(*arms):
         monkeypatch.setattr(sys, "argv", ["photographs", *options, *arms])
@@ -162,9 +161,9 @@ def test_a_trial_is_written_as_it_ends_and_not_repeated(data, tmp_path, monkeypa
     first = run(PLAIN)
     assert [row["arm"] for row in first] == [PLAIN]
     assert {row["rate"] for row in first} == {"0.002"}
-    both = run(PLAIN, GATED)
+    both = run(PLAIN, AS_IN_RUNS)
     assert both[0] == first[0]
-    assert [row["arm"] for row in both] == [PLAIN, GATED]
+    assert [row["arm"] for row in both] == [PLAIN, AS_IN_RUNS]
     assert int(both[1]["least timesteps"]) > 400
     assert float(both[1]["validation"]) != float(both[0]["validation"])
     assert all(math.isfinite(float(row[name])) for row in both for name in measures.NAMES)
@@ -183,14 +182,22 @@ def rows_of(values):
 
 
 def test_tables_have_ratios_and_the_share_of_the_way():
-    written = report.tables(rows_of({PLAIN: 1.0, GATED: 0.92, SHARP_ALONE: 0.95, ALL_SHARP: 0.9}))
+    written = report.tables(rows_of({PLAIN: 1.0, AS_IN_RUNS: 0.92, SHARP_ALONE: 0.95, ALL_SHARP: 0.9}))
     ratios, alone, shares, *_ = written.split("| flux, negative, 75% with a defect |")[1:]
-    assert f"| {GATED} | -0.080 ± 0.000 ++ | -0.080 ± 0.000 + |" in ratios
-    assert f"| {GATED} | -0.032 ± 0.000 + |" in alone
-    assert f"| {GATED} | {math.log(0.92) / math.log(0.9):+.3f} ± 0.000 |" in shares
+    assert f"| {AS_IN_RUNS} | -0.080 ± 0.000 ++ | -0.080 ± 0.000 + |" in ratios
+    assert f"| {AS_IN_RUNS} | -0.032 ± 0.000 + |" in alone
+    assert f"| {AS_IN_RUNS} | {math.log(0.92) / math.log(0.9):+.3f} ± 0.000 |" in shares
     assert ALL_SHARP not in shares.split("\n\n")[0]
 
 
 def test_every_arm_is_told_apart():
-    assert len(BY_NAME) == len(ARMS) == 18
-    assert len({replace(arm, name="") for arm in ARMS}) == len(ARMS)
+    arms = (*STUDY, *PILOT)
+    assert len(BY_NAME) == len({replace(arm, name="") for arm in arms}) == len(arms)
+
+
+def test_runs_weigh_noise_levels_with_flow_matching_alone():
+    found = {name: [BY_NAME[name].is_weighted(flow=flow) for flow in (True, False)] for name in BY_NAME}
+    assert found[AS_IN_RUNS] == [True, False]
+    assert found["the other weights"] == [False, True]
+    assert found["gated at 5%"] == [False, False]
+    assert found["gated at 5%, weighted"] == [True, True]

@@ -17,7 +17,7 @@ import os
 from pathlib import Path
 
 from . import base, report, study
-from .arms import ARMS
+from .arms import BY_NAME, STUDY
 from .images import DEFECTS, STYLES
 from .trial import STEPS
 from .worlds import WORLDS
@@ -32,8 +32,9 @@ def main() -> None:
     parser.add_argument("--styles", nargs="+", choices=tuple(STYLES), default=list(STYLES))
     parser.add_argument("--defects", nargs="+", choices=DEFECTS, default=list(DEFECTS))
     parser.add_argument("--fractions", nargs="+", type=float, default=[0.75, 0.25], help="of images with the defect")
-    names = [arm.name for arm in ARMS]
-    parser.add_argument("--arms", nargs="+", choices=names, metavar="ARM", default=names, help=", ".join(names))
+    names = [arm.name for arm in STUDY]
+    parser.add_argument("--arms", nargs="+", choices=BY_NAME, metavar="ARM", default=names, help=", ".join(BY_NAME))
+    parser.add_argument("--samples", action="store_true", help="draw and judge samples, too")
     parser.add_argument("--seeds", type=int, default=10, help="how many")
     parser.add_argument("--first_seed", type=int, default=1000)
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder; without rates.csv, our rates hold")

@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-PLAIN, SHARP_ALONE, ALL_SHARP = "plain MSE", "sharp alone", "all sharp"
-FRACTIONS = (0.02, 0.05, 0.15)
-MIDDLE = FRACTIONS[1]
+from freq_loss_plugin import FreqLossConfig
+
+PLAIN, SHARP_ALONE, ALL_SHARP, AS_IN_RUNS = "plain MSE", "sharp alone", "all sharp", "as in runs"
+# The product's own fraction, and others that a pilot compared.
+FRACTION = FreqLossConfig.image_quality_threshold
+PILOT_FRACTIONS = (0.02, 0.05, 0.15)
 
 
 @dataclass(frozen=True)
@@ -21,14 +24,32 @@ class Arm:
             images of the cell; or the same fitted as in runs, on some of these and on synthetic ones.
         floor: of imperfect images: None for none; "d'" for the rule of detectability; or a fraction of a denoiser's own
             error, which what remains of the defect may not exceed.
-        weighted: whether each noise level gets back the share of updates that floors take from it.
+        weighted: whether each noise level gets back the share of updates that floors take from it; "flow": with flow
+            matching, as in runs; "epsilon": where runs do not.
     """
 
     name: str
     images: Literal["all", "sharp alone", "all sharp"] = "all"
     repair: Literal["nothing", "means", "restored", "as in runs"] = "nothing"
     floor: float | Literal["d'"] | None = None
-    weighted: bool = False
+    weighted: bool | Literal["flow", "epsilon"] = False
+
+    def is_weighted(self, *, flow: bool) -> bool:
+        """Whether losses are weighted in a world that does flow matching, or does not."""
+        return flow == (self.weighted == "flow") if isinstance(self.weighted, str) else self.weighted
+
+
+STUDY = (
+    Arm(PLAIN),
+    Arm(SHARP_ALONE, images="sharp alone"),
+    Arm("d'² < 16", floor="d'"),
+    Arm(AS_IN_RUNS, repair="as in runs", floor=FRACTION, weighted="flow"),
+    Arm("the other weights", repair="as in runs", floor=FRACTION, weighted="epsilon"),
+    Arm("not gated", repair="as in runs"),
+    Arm("not restored", floor=FRACTION, weighted="flow"),
+    Arm("means alone restored", repair="means", floor=FRACTION, weighted="flow"),
+    Arm(ALL_SHARP, images="all sharp"),
+)
 
 
 def _both(name: str, **properties: object) -> tuple[Arm, Arm]:
@@ -36,16 +57,16 @@ def _both(name: str, **properties: object) -> tuple[Arm, Arm]:
     return Arm(name, **properties), Arm(f"{name}, weighted", weighted=True, **properties)  # type: ignore[arg-type]
 
 
-ARMS = (
-    Arm(PLAIN),
-    Arm(SHARP_ALONE, images="sharp alone"),
-    *_both("d'² < 16", floor="d'"),
-    *_both("gated at 5%", floor=MIDDLE),
+PILOT = (
+    Arm("d'² < 16, weighted", floor="d'", weighted=True),
+    *_both("gated at 5%", floor=0.05),
     Arm("means moved", repair="means"),
-    *_both("means moved, gated at 5%", repair="means", floor=MIDDLE),
+    *_both("means moved, gated at 5%", repair="means", floor=0.05),
     Arm("restored", repair="restored"),
-    *(arm for each in FRACTIONS for arm in _both(f"restored, gated at {each:.0%}", repair="restored", floor=each)),
-    Arm("as in runs, gated at 5%, weighted", repair="as in runs", floor=MIDDLE, weighted=True),
-    Arm(ALL_SHARP, images="all sharp"),
+    *(
+        arm
+        for each in PILOT_FRACTIONS
+        for arm in _both(f"restored, gated at {each:.0%}", repair="restored", floor=each)
+    ),
 )
-BY_NAME = {arm.name: arm for arm in ARMS}
+BY_NAME = {arm.name: arm for arm in (*STUDY, *PILOT)}

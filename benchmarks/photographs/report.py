@@ -14,13 +14,13 @@ from typing import NamedTuple
 
 from benchmarks.what_helps.report import Comparison, Difference, Row, difference, read, sign, surviving
 
-from .arms import ALL_SHARP, ARMS, MIDDLE, PLAIN, SHARP_ALONE
+from .arms import ALL_SHARP, AS_IN_RUNS, BY_NAME, PLAIN, SHARP_ALONE
 from .images import DEFECTS, NO_DEFECT
 from .measures import OF_SAMPLES, VALIDATION
 
 PRIMARY = "validation"
 # By the plan, these are what the correction counts: in every group and for every defect.
-JUDGED = (f"restored, gated at {MIDDLE:.0%}, weighted",)
+JUDGED = (AS_IN_RUNS,)
 ALL_DEFECTS = "all"
 
 
@@ -190,7 +190,7 @@ def _differences(rows: Sequence[Row], group: Group, measure: str) -> Summary:
 
 def _table(title: str, columns: Sequence[str], cells: Mapping[tuple[str, str], str]) -> list[str]:
     """Arms in their order; none where there are no cells."""
-    arms = [arm.name for arm in ARMS if any(key[0] == arm.name for key in cells)]
+    arms = [arm.name for arm in BY_NAME.values() if any(key[0] == arm.name for key in cells)]
     if not arms:
         return []
     lines = ["", f"| {title} | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]

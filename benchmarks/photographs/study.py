@@ -58,7 +58,7 @@ def run_study(options: argparse.Namespace, default_rates: Path) -> None:
         for defect in options.defects
     ]
     trials = [trial_of(cell, arm, rates[cell.world]) for cell in cells for arm in options.arms]
-    _run_all(trials, options, options.results / RESULTS, samples=True)
+    _run_all(trials, options, options.results / RESULTS, samples=options.samples)
 
 
 def _best_rates(file: Path) -> dict[str, float]:

@@ -60,7 +60,8 @@ def run(trial: Trial, *, steps: int = STEPS, samples: bool = True) -> dict[str, 
     start = time.perf_counter()
     latents, least = prepare(cell).trained(arm, world.snr)
     model = new_lora(world, cell.seed)
-    Training(world, model, latents, least, Settings(cell.seed, steps, trial.rate, arm.weighted)).run()
+    settings = Settings(cell.seed, steps, trial.rate, arm.is_weighted(flow=world.flow))
+    Training(world, model, latents, least, settings).run()
     measured = measures.validate(world, model, cell.style, cell.seed)
     if samples:
         measured |= measures.judge(world, model, cell.style, cell.seed)

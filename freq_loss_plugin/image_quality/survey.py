@@ -3,7 +3,7 @@
 Images without a defect are the references: each defect is made on them, and the VAE of the run tells what it does to
 their latents. A filter takes that back as far as it can, and the least timestep hides what remains
 (`freq_loss_plugin.image_quality.restoration`). Sharp images of a set may be few and alike, and a filter that has seen
-nothing else makes others worse. So as many synthetic images are among the references (`SYNTHETIC`).
+nothing else makes others worse. So a few synthetic images are among the references (`SYNTHETIC`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Restorations: TypeAlias = Mapping[Defect, Restoration]
 # The entry of a LoRA file's metadata that holds the summary.
 SUMMARY_KEY = "ss_freq_loss_image_quality_summary"
 GRANULARITY = 64  # at least the factor of any VAE
-SYNTHETIC = 8
+SYNTHETIC = 4
 _REFERENCES, _MOST_REFERENCE_SIDE = 8, 512
 # Fewer sharp images than this fraction are worth a warning.
 _FEW = 0.1

@@ -91,7 +91,7 @@ class FreqLossConfig:
         choices=get_args(ImageQuality),
     )
     image_quality_threshold: float = _option(
-        0.05,
+        0.02,
         "how far what remains of a defect may lead a model astray, as a fraction of the squared error that it makes "
         "anyway, above 0 and at most 1; lower is stricter",
     )

@@ -74,7 +74,8 @@ class FrequencyTerm:
         self._seed, self._batch, self._process = seed, first_batch, process
         self._plan = Plan("", "")
         self._pools = TimestepPools(f"{stream_name(seed, -1)}:pool")
-        self._shares = UpdateShares(least, self._pools) if least and any(least) else None
+        shared = prediction_type != "epsilon" and any(least or ())
+        self._shares = UpdateShares(least, self._pools) if least and shared else None
         self._extra: _Term | None = None
         self._balance = GradientBalance(config) if GradientBalance.is_wanted(config) else None
         self._loss_balance = LossBalance(config) if config.balanced else None
