@@ -149,7 +149,9 @@ def test_validation_of_the_base_model_is_1_and_parts_are_its_bands(data):
 
 def test_a_trial_is_written_as_it_ends_and_not_repeated(data, tmp_path, monkeypatch):
     (tmp_path / "rates.csv").write_text(
-        "world,rate,validation\nflux,0.001,0.99\nflux,0.002,0.98\nsd,0.001,0.97\n", encoding="utf-8"
+        "world,style,rate,validation\nflux,negative,0.001,0.99\nflux,negative,0.002,0.98\nflux,halftone,0.001,0.9\n"
+        "sd,negative,0.001,0.97\nsd,halftone,0.001,0.97\n",
+        encoding="utf-8",
     )
     options = [*ONE_CELL.split(), "--steps", "2", "--processes", "1", "--samples", "--results", str(tmp_path), "--arms"]
 

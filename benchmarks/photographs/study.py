@@ -20,7 +20,7 @@ from benchmarks.what_helps.report import read
 
 from .arms import ALL_SHARP
 from .cell import Cell
-from .images import NO_DEFECT
+from .images import NO_DEFECT, STYLES
 from .trial import COLUMNS, KEY, STEPS, Trial, run, trial_of
 from .worlds import WORLDS
 
@@ -57,18 +57,19 @@ def run_study(options: argparse.Namespace, default_rates: Path) -> None:
         for fraction in options.fractions
         for defect in options.defects
     ]
-    trials = [trial_of(cell, arm, rates[cell.world]) for cell in cells for arm in options.arms]
+    trials = [trial_of(cell, arm, rates[cell.world, cell.style]) for cell in cells for arm in options.arms]
     _run_all(trials, options, options.results / RESULTS, samples=options.samples)
 
 
-def _best_rates(file: Path) -> dict[str, float]:
-    """For each world the learning rate with the least mean logarithm of the validation error."""
-    errors: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+def _best_rates(file: Path) -> dict[tuple[str, str], float]:
+    """For each world and style the learning rate with the least mean logarithm of the validation error."""
+    errors: dict[tuple[str, str], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in read(file):
-        errors[row["world"]][float(row["rate"])].append(math.log(float(row["validation"])))
-    if errors.keys() != WORLDS.keys():
-        raise SystemExit(f"{file} has no learning rates of {', '.join(WORLDS.keys() - errors.keys())}: run rates first")
-    return {world: min(by_rate, key=lambda rate: sum(by_rate[rate])) for world, by_rate in errors.items()}
+        errors[row["world"], row["style"]][float(row["rate"])].append(math.log(float(row["validation"])))
+    missing = [f"{world}, {style}" for world in WORLDS for style in STYLES if (world, style) not in errors]
+    if missing:
+        raise SystemExit(f"{file} has no learning rates of {'; '.join(missing)}: run rates first")
+    return {key: min(by_rate, key=lambda rate: sum(by_rate[rate])) for key, by_rate in errors.items()}
 
 
 def _run_all(trials: Iterable[Trial], options: argparse.Namespace, file: Path, *, samples: bool) -> None:
