@@ -58,10 +58,21 @@ def test_a_run_of_sharp_images_trains_as_without(stand_ins, monkeypatch, name):
         assert all(map(torch.equal, stand_in.passes[-1], passed))
 
 
+def test_samples_weigh_nothing_else_with_epsilon_prediction(stand_ins):
+    stand_in = stand_ins.make("sd15")
+    hook = install(stand_in, [SHARP, BAD, WORSE])
+    for seed in range(4):
+        loss = stand_in.process_batch(seed=seed)
+        prediction, target, _ = stand_in.passes[-1]
+        assert loss.item() == pytest.approx((prediction - target).square().mean().item(), rel=1e-5)
+        assert hook.term._plan.weights is None
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_samples_weigh_what_gives_each_noise_level_its_share(stand_ins, name):
     """A third of the images trains everywhere, and a third each from 600 and from 850 on."""
-    plain, stand_in = stand_ins.make(name), stand_ins.make(name)
+    settings = {"v_parameterization": True} if name in ("sd15", "sdxl") else {}
+    plain, stand_in = stand_ins.make(name, **settings), stand_ins.make(name, **settings)
     hook = install(stand_in, [SHARP, BAD, WORSE])
     own, weights = [], []
     spied = hook.term.balance

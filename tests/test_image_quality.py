@@ -215,11 +215,11 @@ def test_the_noise_levels_of_flow_matching():
 @pytest.mark.parametrize(
     ("make", "least"),
     [
-        (lambda image: enlarged(image, 8), (430, 600)),
-        (lambda image: enlarged(image, 4), (170, 300)),
-        (lambda image: blurred(image, 2), (300, 500)),
-        (lambda image: blurred(image, 4), (430, 620)),
-        (lambda image: compressed(image, 10), (430, 570)),
+        (lambda image: enlarged(image, 8), (490, 660)),
+        (lambda image: enlarged(image, 4), (250, 380)),
+        (lambda image: blurred(image, 2), (370, 570)),
+        (lambda image: blurred(image, 4), (500, 680)),
+        (lambda image: compressed(image, 10), (500, 630)),
     ],
     ids=["8 times", "4 times", "blur 2", "blur 4", "JPEG 10"],
 )
