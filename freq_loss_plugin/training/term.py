@@ -74,8 +74,8 @@ class FrequencyTerm:
         self._seed, self._batch, self._process = seed, first_batch, process
         self._plan = Plan("", "")
         self._pools = TimestepPools(f"{stream_name(seed, -1)}:pool")
-        shared = prediction_type != "epsilon" and any(least or ())
-        self._shares = UpdateShares(least, self._pools) if least and shared else None
+        may = prediction_type != "epsilon"
+        self._shares = UpdateShares(least, self._pools) if may and least and any(least) else None
         self._extra: _Term | None = None
         self._balance = GradientBalance(config) if GradientBalance.is_wanted(config) else None
         self._loss_balance = LossBalance(config) if config.balanced else None
@@ -127,9 +127,8 @@ class FrequencyTerm:
 
     def balance(self, passed: Pass) -> Balanced:
         """The prediction and sample weights of a base loss; see `LossBalance` and `UpdateShares`."""
-        balanced, weights = Balanced(passed.prediction), self._plan.weights
-        if self._loss_balance is not None:
-            balanced = self._loss_balance.balance(passed)
+        balance, weights = self._loss_balance, self._plan.weights
+        balanced = Balanced(passed.prediction) if balance is None else balance.balance(passed)
         if weights is None:
             return balanced
         weights = weights.to(passed.prediction.device, non_blocking=True)
