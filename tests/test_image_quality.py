@@ -300,6 +300,20 @@ def test_an_image_that_could_never_train_is_an_error(tmp_path):
         survey([TrainedImage(tmp_path / "bad.png")], FreqLossConfig(image_rules=rules), None, SNR, end=500)
 
 
+def test_a_vae_that_returns_nan_is_told(tmp_path):
+    scene(1).save(tmp_path / "sharp.png")
+    enlarged(scene(2), 8).save(tmp_path / "bad.png")
+    images = [TrainedImage(tmp_path / name, (128, 128)) for name in ("sharp.png", "bad.png")]
+    with pytest.raises(ConfigError, match="the VAE returns NaN"):
+        survey(
+            images,
+            FreqLossConfig(image_quality="auto"),
+            lambda image: torch.full((4, image.height // 8, image.width // 8), float("nan")),
+            SNR,
+            end=1000,
+        )
+
+
 def test_an_image_that_hardly_trains_is_named(encode, tmp_path):
     """Where the end of the run's timesteps is below what was found, it trains at the last one, and weighs nothing."""
     scene(1).save(tmp_path / "sharp.png")

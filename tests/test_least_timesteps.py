@@ -169,3 +169,24 @@ def test_an_extra_pass_is_left_out_where_nothing_may_train_there():
     plan = term.plan(torch.tensor([0, 900, 900, 0]))
     assert plan.extra is not None
     assert plan.counted.tolist() == [True, False, False, True]
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "flow"])
+def test_a_resumed_run_picks_what_the_uninterrupted_one_did(prediction_type):
+    """Also where an image with a higher least timestep came before."""
+    batches = [torch.tensor([950.0, 400.0]), torch.tensor([400.0, 400.0]), torch.tensor([0.0, 400.0])]
+
+    def draw(count):
+        return 1000 * torch.randn(count).sigmoid()
+
+    def run(first):
+        term = FrequencyTerm(
+            FreqLossConfig(dist_match=0.0), prediction_type, seed=1, first_batch=first, least={0: 1, 400: 3, 950: 1}
+        )
+        chosen = []
+        for least in batches[first:]:
+            term.plan(least)
+            chosen.append(term.choose(Draws(torch.full((2,), 10.0), draw)).tolist())
+        return chosen
+
+    assert run(1) == run(0)[1:]

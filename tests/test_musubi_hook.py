@@ -313,6 +313,11 @@ REFUSED = {
         {"dit_high_noise": "x", "dist_match": 0.0, "freq_loss_image_quality": "auto"},
         "freq_loss_image_quality with dit_high_noise",
     ),
+    "layers": (
+        "qwen_image",
+        {"is_layered": True, "dist_match": 0.0, "freq_loss_image_quality": "auto"},
+        "freq_loss_image_quality with is_layered",
+    ),
     "deepspeed": ("wan", {"deepspeed": True}, "DeepSpeed is on"),
 }
 

@@ -46,25 +46,37 @@ def test_each_noise_level_has_the_share_that_it_would_have_without_floors(draw, 
     torch.testing.assert_close(bins / bins.sum(), expected / expected.sum(), rtol=0.12, atol=0.004)
 
 
-def test_few_images_do_not_weigh_more_than_all_that_are_missing():
-    """One of fifty trains at low noise: it weighs MOST times what it did, and the mean weight is 1 still."""
-    draws = Draws(uniform(BATCH), uniform)
-    shares = UpdateShares({0: 1, 800: 49}, TimestepPools("run"))
-    low, high = shares.weights(torch.tensor([100.0, 900.0]), draws._replace(own=torch.zeros(2))).tolist()
-    gained = (1 + 49 / 0.2) / 50
-    trained = 0.2 * gained
-    assert low / high == pytest.approx(MOST * gained, rel=0.05)
-    assert (1 - trained) * low + trained * high == pytest.approx(1, rel=0.01)
+@pytest.mark.parametrize("draw", [uniform, logit_normal])
+@pytest.mark.parametrize("least", [{0: 1, 800: 49}, {0: 1, 300: 1, 900: 98}, {0: 5, 900: 95}, {0: 1, 600: 1}], ids=str)
+def test_no_image_weighs_more_than_ten_times_the_mean(draw, least):
+    draws, shares = Draws(draw(BATCH), draw), UpdateShares(least, TimestepPools("run"))
+    torch.manual_seed(0)
+    total = 0.0
+    for floor, count in least.items():
+        timesteps = draw(400_000)
+        timesteps = timesteps[timesteps >= floor]
+        weights = torch.cat([shares.weights(part, draws._replace(own=part)) for part in timesteps.split(100_000)])
+        assert weights.max() <= MOST * (1 + 1e-6)
+        total += count * float(weights.mean())
+    assert total / sum(least.values()) == pytest.approx(1, abs=0.02)
 
 
-def test_a_floor_that_is_never_reached_counts_for_nothing():
+def test_a_floor_that_is_never_reached_counts_for_next_to_nothing():
     def low(count):
         return 500 * torch.rand(count)
 
     draws = Draws(low(3), low)
     weights = UpdateShares({0: 1, 700: 1}, TimestepPools("run")).weights(torch.tensor([10.0, 499.0, 700.0]), draws)
-    assert weights[0] == weights[1] > 0
-    assert weights[2] == 0
+    assert weights[0] == weights[1] == pytest.approx(2, rel=0.01)
+    assert 0 < weights[2] < 0.01
+
+
+def test_where_no_floor_can_be_reached_all_weigh_1():
+    def low(count):
+        return 500 * torch.rand(count)
+
+    weights = UpdateShares({700: 3}, TimestepPools("run")).weights(torch.full((2,), 700.0), Draws(low(2), low))
+    assert weights.tolist() == [1, 1]
 
 
 def test_samples_weigh_by_their_own_distributions():

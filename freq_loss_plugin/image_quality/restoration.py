@@ -9,10 +9,11 @@ taken from f = 0, and r(f) the ring of f (`RINGS` of equal width up to Nyquist, 
           M_r = (C_{ba} + \lambda I)(C_{aa} + \lambda I)^{-1}, \qquad
           \hat B(f) = M_{r(f)} A(f)
 
-which is ridge regression towards the identity: where references say little, latents stay as they are. lambda is the
-fraction of the mean diagonal of C_aa, out of `RIDGES`, with the least error on references that were left out of the fit
-one at a time; the identity is among them. E(r), the covariance of that error, is what remains. Where even that is no
-better than leaving the latents alone, as with a single reference, they are left alone, means and all.
+which is ridge regression towards the identity: where references say little, latents stay as they are. lambda is a
+fraction of the mean diagonal of C_aa(r), ten times that at f = 0, where there is one sample for each reference. Of the
+fractions in `RIDGES` that one is taken which has the least error on references that were left out of the fit one at a
+time; with the last one, only the means move. E(r), the covariance of that error, is what remains. Where all of this
+is no better than doing nothing, and with a single reference, nothing is done.
 
 **The floor.** With S(r) the covariance over channels of sharp latents, q = SNR(t) and G = S(S + I/q)^{-1}, a denoiser
 that learns from such images is off by at most bias = sum_f tr(G E G^T), where its own error on sharp ones is
@@ -33,9 +34,8 @@ import torch
 from torch import Tensor
 
 RINGS = 16
-# Fractions of the mean diagonal; the last one leaves all but the means as it is.
+# See above.
 RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, math.inf)
-# Of f = 0 there is one sample for each reference, and not hundreds.
 _RIDGE_OF_MEAN = 10.0
 
 
@@ -51,7 +51,7 @@ class Restoration:
         error_before: the same without restoring.
         sharp: S, shape (rings, C, C).
         ridge: the fraction that was chosen.
-        counts: frequencies in each ring of a reference, shape (rings,).
+        counts: frequencies in each ring, the mean over references, shape (rings,).
     """
 
     matrices: Tensor
@@ -77,7 +77,7 @@ class Restoration:
     def apply(self, latents: Tensor) -> Tensor:
         """Restored latents, of the shape (..., C, H, W), dtype and device of ``latents``; any size.
 
-        Nothing waits for the device, except when it is used there for the first time.
+        Nothing waits for the device, except when it or a size of latents is used there for the first time.
         """
         height, width = latents.shape[-2:]
         matrices, before, after = self._on(latents.device)
@@ -112,17 +112,17 @@ def fit(sharp: Sequence[Tensor], defective: Sequence[Tensor]) -> Restoration:
             "with the defect"
         )
     pairs = [_Pair(before.double(), after.double()) for before, after in zip(defective, sharp, strict=True)]
-    counts = torch.stack([pair.weights for pair in pairs]).mean(dim=0)
+    counts = torch.stack([pair.counts for pair in pairs]).mean(dim=0)
     (mean_before, mean_after), moments = _statistics(pairs)
-    alone = torch.stack([_error(pair.around(torch.zeros(2, 1)), _matrices(moments, math.inf)) for pair in pairs]).mean(
-        0
-    )
-    ridge, error = _best_ridge(pairs, counts) if len(pairs) > 1 else (math.inf, alone)
-    if _total(error, counts) >= _total(alone, counts):
-        ridge, error, mean_after = math.inf, alone, mean_before
-    tensors = _matrices(moments, ridge), mean_before, mean_after, error, alone, moments.sharp
-    matrices, mean_before, mean_after, error, alone, covariance = (tensor.float() for tensor in tensors)
-    return Restoration(matrices, mean_before, mean_after, error, alone, covariance, ridge, counts)
+    # What nothing changes: the identity, and no means taken out.
+    identity = _matrices(moments, math.inf)
+    before = torch.stack([_error(pair.around(torch.zeros(2, 1)), identity) for pair in pairs]).mean(dim=0)
+    ridge, error = _best_ridge(pairs, counts) if len(pairs) > 1 else (math.inf, before)
+    if _total(error, counts) >= _total(before, counts):
+        ridge, error, mean_after = math.inf, before, mean_before
+    tensors = _matrices(moments, ridge), mean_before, mean_after, error, before, moments.sharp
+    matrices, mean_before, mean_after, error, before, sharp_moments = (tensor.float() for tensor in tensors)
+    return Restoration(matrices, mean_before, mean_after, error, before, sharp_moments, ridge, counts)
 
 
 def _best_ridge(pairs: Sequence[_Pair], counts: Tensor) -> tuple[float, Tensor]:
@@ -155,8 +155,8 @@ def least_timestep(error: Tensor, sharp: Tensor, snr: Tensor, fraction: float, c
     counts = frequencies_per_ring(64, 64) if counts is None else counts
     values, vectors = torch.linalg.eigh(sharp.double())
     values = values.clamp(min=1e-8)
-    in_them = torch.einsum("rji,rjk,rkl->ril", vectors, error.double(), vectors)
-    variance = torch.diagonal(in_them, dim1=1, dim2=2).clamp(min=0)
+    rotated = torch.einsum("rji,rjk,rkl->ril", vectors, error.double(), vectors)
+    variance = torch.diagonal(rotated, dim1=1, dim2=2).clamp(min=0)
     q = snr.double()[:, None, None]
     gain = q * values / (1 + q * values)
     bias = ((gain.square() * variance).sum(dim=2) * counts).sum(dim=1)
@@ -221,13 +221,13 @@ class _Pair:
 
     Attributes:
         means: of the channels, before and after, shape (2, C).
-        weights: frequencies in each ring, shape (rings,).
+        counts: frequencies in each ring, shape (rings,).
     """
 
     def __init__(self, before: Tensor, after: Tensor) -> None:
         height, width = before.shape[-2:]
         self.means = torch.stack([latents.mean(dim=(1, 2)) for latents in (before, after)])
-        self.weights = frequencies_per_ring(height, width)
+        self.counts = frequencies_per_ring(height, width)
         self._pixels = height * width
         by_ring, _, sizes = _order(height, width, before.device)
         halves = _in_whole_spectrum(height, width).flatten()[by_ring]
@@ -236,7 +236,7 @@ class _Pair:
         def moment(one: Tensor, other: Tensor) -> Tensor:
             rings = zip((one * halves).split(sizes, dim=1), other.split(sizes, dim=1), strict=True)
             sums = torch.stack([(left @ right.conj().T).real for left, right in rings])
-            return sums / self.weights.clamp(min=1)[:, None, None]
+            return sums / self.counts.clamp(min=1)[:, None, None]
 
         self._moments = _Moments(moment(a, a), moment(b, a), moment(b, b))
 
@@ -246,15 +246,15 @@ class _Pair:
         products = torch.outer(before, before), torch.outer(after, before), torch.outer(after, after)
         moments = [moment.clone() for moment in self._moments]
         for moment, product in zip(moments, products, strict=True):
-            moment[0] = self._pixels * product
+            moment[0] = self._pixels * product  # orthonormal transforms: A(0) is the mean times the root of H·W
         return _Moments(*moments)
 
 
 def _statistics(pairs: Sequence[_Pair]) -> tuple[Tensor, _Moments]:
     """The means of all references, shape (2, C), and their moments around these."""
     means = torch.stack([pair.means for pair in pairs]).mean(dim=0)
-    total = torch.stack([pair.weights for pair in pairs]).sum(dim=0).clamp(min=1)
-    shares = [(pair.weights / total)[:, None, None] for pair in pairs]
+    total = torch.stack([pair.counts for pair in pairs]).sum(dim=0).clamp(min=1)
+    shares = [(pair.counts / total)[:, None, None] for pair in pairs]
     each = [pair.around(means) for pair in pairs]
     sums = [sum(share * moment for share, moment in zip(shares, one, strict=True)) for one in zip(*each, strict=True)]
     return means, _Moments(*sums)

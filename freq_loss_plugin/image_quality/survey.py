@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import image_files
+from ..loss.latents import NUM_TRAIN_TIMESTEPS
 from ..options.config import FreqLossConfig
 from ..options.fields import ConfigError
 from ..options.image_rules import LEAST, RESOLUTION, rules_by_image
@@ -164,6 +165,10 @@ def fit_defects(
             latents = []
             for image in damaged:
                 latents.append(encode(image).cpu())
+                if not latents[-1].isfinite().all():
+                    raise ConfigError(
+                        "freq_loss_image_quality: the VAE returns NaN; use one that works in this precision"
+                    )
                 bar.update()
             return latents
 
@@ -172,14 +177,15 @@ def fit_defects(
 
 
 def floors_of(restorations: Restorations, snr: Tensor, fraction: float) -> dict[Defect, int]:
-    """The least timestep of each defect: never lower than that of a defect which is in no way worse.
+    """The least timestep of each defect, at most 999; never lower than that of a defect which is in no way worse.
 
     Args:
         restorations: what remains of each defect.
         snr: see `freq_loss_plugin.image_quality.noise_schedules.signal_to_noise`.
         fraction: see `freq_loss_plugin.image_quality.restoration.least_timestep`.
     """
-    floors = {defect: one.least_timestep(snr, fraction) for defect, one in restorations.items()}
+    last = NUM_TRAIN_TIMESTEPS - 1
+    floors = {defect: min(one.least_timestep(snr, fraction), last) for defect, one in restorations.items()}
     return {worse: max(floor for defect, floor in floors.items() if defect.is_at_most(worse)) for worse in floors}
 
 
@@ -235,7 +241,7 @@ def _summary(
 
     groups = Counter((quality(image), value) for image, value in least.items())
     slight = len(defects.keys() - least.keys())
-    everywhere = {"not known": len(images) - len(least) - slight - sharp, "with slight defects": slight}
+    everywhere = {"not known": len(images) - len(least) - slight - sharp, "with slight defects, restored": slight}
     parts = [f"{sharp} full quality"]
     parts += [f"{count} {kind}, train at every t" for kind, count in everywhere.items() if count]
     shown = groups.most_common(_MOST_LISTED)

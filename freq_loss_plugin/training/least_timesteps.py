@@ -4,14 +4,16 @@ A sample whose least timestep is L trains at t ~ p(t | t >= L), p being the trai
 stays where it already is above, and samples without a least timestep keep theirs.
 
 To draw below L again and again would call the trainer's function hundreds of times in a batch. Instead `DRAWN`
-timesteps are drawn from it once, the first time that one is needed (more where few lie above L), and kept sorted: those
-from L on are a sample of p(t | t >= L), from which one is picked. All of this has random streams of its own, so nothing
-else in a run changes.
+timesteps are drawn from it once, the first time that one is needed (more where few lie above the highest L of the run),
+and kept sorted: those from L on are a sample of p(t | t >= L), from which one is picked. All of this has random streams
+of its own, so nothing else in a run changes; what is drawn does not depend on which images came first, so a resumed run
+picks the same.
 """
 
 from __future__ import annotations
 
 import random
+from array import array
 from bisect import bisect_left
 from collections.abc import Hashable
 
@@ -33,13 +35,14 @@ class TimestepPools:
 
     Args:
         stream: names the random stream of the draws.
+        highest: the highest least timestep of the run.
     """
 
-    def __init__(self, stream: str) -> None:
-        self._stream = stream
+    def __init__(self, stream: str, highest: float = 0.0) -> None:
+        self._stream, self._highest = stream, highest
         # Of each size and kind some draws in one random stream: the same where the distribution is.
         self._samples: dict[Hashable, tuple[float, ...]] = {}
-        self._pools: dict[tuple[float, ...], list[float]] = {}
+        self._pools: dict[tuple[float, ...], array[float]] = {}
 
     def above(self, least: Tensor, draws: Draws, stream: str) -> Tensor:
         """One timestep for each sample, from its distribution above its least timestep.
@@ -62,7 +65,7 @@ class TimestepPools:
         )
 
     def fraction_above(self, least: float, draws: Draws, kind: Hashable) -> float:
-        """The probability of a timestep of at least ``least``.
+        """The probability of a timestep of at least ``least``; where none was drawn, that of one of them.
 
         Args:
             least: on the scale 0..1000.
@@ -70,20 +73,20 @@ class TimestepPools:
             kind: names a distribution of it.
         """
         pool = self._pool(least, draws, kind)
-        return 1 - bisect_left(pool, least) / len(pool)
+        return max(1, len(pool) - bisect_left(pool, least)) / len(pool)
 
     def _pick(self, floor: float, draws: Draws, kind: Hashable, chance: float) -> float:
         pool = self._pool(floor, draws, kind)
         first = bisect_left(pool, floor)
         return pool[first + int(chance * (len(pool) - first))] if first < len(pool) else floor
 
-    def _pool(self, floor: float, draws: Draws, kind: Hashable) -> list[float]:
-        """The timesteps of one distribution, enough of them above ``floor``."""
-        sample = self._sample(draws, kind)
-        pool = self._pools.get(sample, [])
-        while len(pool) - bisect_left(pool, floor) < _FEWEST_ABOVE and len(pool) < MOST_DRAWN:
+    def _pool(self, floor: float, draws: Draws, kind: Hashable) -> array[float]:
+        """The timesteps of one distribution, enough of them above the run's highest floor and this one."""
+        sample, highest = self._sample(draws, kind), max(floor, self._highest)
+        pool = self._pools.get(sample, array("d"))
+        while len(pool) - bisect_left(pool, highest) < _FEWEST_ABOVE and len(pool) < MOST_DRAWN:
             with separate_random_stream(f"{self._stream}:{sample}:{len(pool)}", _CPU):
-                pool = sorted([*pool, *draws.of_kind(kind)(DRAWN).tolist()])
+                pool = array("d", sorted([*pool, *draws.of_kind(kind)(DRAWN).tolist()]))
             self._pools[sample] = pool
         return pool
 

@@ -73,7 +73,7 @@ class FrequencyTerm:
         self.config, self._prediction_type = config, prediction_type
         self._seed, self._batch, self._process = seed, first_batch, process
         self._plan = Plan("", "")
-        self._pools = TimestepPools(f"{stream_name(seed, -1)}:pool")
+        self._pools = TimestepPools(f"{stream_name(seed, -1)}:pool", max(least or (0,)))
         may = prediction_type != "epsilon"
         self._shares = UpdateShares(least, self._pools) if may and least and any(least) else None
         self._extra: _Term | None = None

@@ -7,10 +7,12 @@ ones. With p the trainer's distribution of timesteps, a sample is trained at t w
           w(t) = \frac{p(t)}{p_{gated}(t)}
 
 w is constant between two least timesteps, and its mean over what is trained is 1. Where few images train at low noise,
-each of them would weigh as much as all those that do not: w is at most `MOST`, and scaled so that its mean stays 1.
+each of them would weigh as much as all those that do not. So a weight is at most `MOST`, and the others grow until
+the mean is 1 again. Where the distribution depends on the size of latents, images of all sizes count as if they had
+the size of the batch.
 
-They are for flow matching. With epsilon prediction the plain loss gives low noise levels far more than their share of
-the gradient anyway, and what least timesteps take from them does good (benchmarks/photographs).
+They are for flow matching and v-prediction. With epsilon prediction the plain loss gives low noise levels far more than
+their share of the gradient anyway, and what least timesteps take from them does good (benchmarks/photographs).
 
 Source: importance weights; measurements of this project.
 """
@@ -25,7 +27,7 @@ from torch import Tensor
 from .least_timesteps import TimestepPools
 from .timesteps import Draws
 
-MOST = 5.0
+MOST = 10.0
 
 
 class UpdateShares:
@@ -63,8 +65,24 @@ class UpdateShares:
             probable = [self._pools.fraction_above(floor, draws, kind) for floor in reversed(self._fractions)]
             above = torch.tensor(probable[::-1], dtype=torch.float64)
             gained = torch.cumsum(torch.tensor(list(self._fractions.values())).double() / above, dim=0)
-            weights = (1 / gained).clamp(max=MOST)
             trained = (above - torch.cat([above[1:], above.new_zeros(1)])) * gained
-            weights = weights / (weights * trained).nansum()
+            weights = _limited(1 / gained, trained)
             self._tables[key] = torch.cat([weights[:1], weights]).float()
         return self._tables[key]
+
+
+def _limited(weights: Tensor, masses: Tensor) -> Tensor:
+    """The same up to a factor, each at most `MOST`, with a mean of 1.
+
+    Args:
+        weights: shape (n,).
+        masses: how much of what is trained has each of them, shape (n,).
+    """
+    masses = masses / masses.sum()
+    result = weights / (weights * masses).sum()
+    for _ in weights:  # each time at least one more reaches the limit, or all is done
+        is_most = result >= MOST
+        rest = 1 - MOST * masses[is_most].sum()
+        scale = rest / (weights * masses)[~is_most].sum().clamp(min=torch.finfo(weights.dtype).tiny)
+        result = torch.where(is_most, MOST, weights * scale)
+    return result

@@ -42,9 +42,16 @@ _BY_HAND = "set least timesteps by hand in [freq_loss.image_quality]"
 
 
 def check(config: FreqLossConfig, args: argparse.Namespace) -> None:
-    """Raise ConfigError where images are to be compared and there is no VAE."""
+    """Raise ConfigError where images are to be compared and there is no VAE, or one of images in layers."""
     by_resolution = any(LEAST not in rule for rule in (config.image_rules or {}).values())
-    if (config.image_quality == "auto" or by_resolution) and not getattr(args, "vae", None):
+    if config.image_quality != "auto" and not by_resolution:
+        return
+    if getattr(args, "is_layered", False):
+        raise ConfigError(
+            f"{OPTION} with is_layered: the layers of an image have transparency, with which images are not compared; "
+            + _BY_HAND
+        )
+    if not getattr(args, "vae", None):
         raise ConfigError(
             f"{OPTION}: needs the VAE to compare images, and this run has none, since its latents are cached; add "
             f'vae = "PATH", the one of the caches, or {_BY_HAND}'
