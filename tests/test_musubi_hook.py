@@ -299,6 +299,7 @@ def test_numbers_are_read_once_for_each_optimizer_step_even_where_a_scaler_skips
     assert {"loss/freq_low", "loss/freq_high", "loss/freq_total", "loss/freq_fraction"} <= logs.keys()
 
 
+AUTO = {"dist_match": 0.0, "freq_loss_image_quality": "auto"}
 REFUSED = {
     "pixels": ("hidream_o1", {}, "HiDream-O1 predicts patches of pixels"),
     "tokens": ("self_flow", {}, "FLUX.2 Self-Flow trains each token at a noise level of its own"),
@@ -308,16 +309,8 @@ REFUSED = {
         "MiniMax-H3 trains video and audio together, each at a noise level of its own",
     ),
     "two models": ("wan", {"dit_high_noise": "x"}, "freq_loss_timesteps = 'unified' with dit_high_noise"),
-    "two models, images": (
-        "wan",
-        {"dit_high_noise": "x", "dist_match": 0.0, "freq_loss_image_quality": "auto"},
-        "freq_loss_image_quality with dit_high_noise",
-    ),
-    "layers": (
-        "qwen_image",
-        {"is_layered": True, "dist_match": 0.0, "freq_loss_image_quality": "auto"},
-        "freq_loss_image_quality with is_layered",
-    ),
+    "two models, images": ("wan", {"dit_high_noise": "x", **AUTO}, "freq_loss_image_quality with dit_high_noise"),
+    "layers": ("qwen_image", {"is_layered": True, **AUTO}, "freq_loss_image_quality with is_layered"),
     "deepspeed": ("wan", {"deepspeed": True}, "DeepSpeed is on"),
 }
 
