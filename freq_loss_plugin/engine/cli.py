@@ -19,9 +19,9 @@ DESCRIPTION = """\
 Trains a LoRA for SD1.x or SD2.x with the frequency loss.
 
 Without --config, this runs a demo on a toy model and synthetic images, most of them bad: once with plain MSE, and once
-with a balanced base loss and images that train only where they tell the truth. It takes minutes on a CPU. With
---config, it trains on your own images: the file is a kohya TOML with a section [freq_loss]. Its keys can also be given
-on the command line, which takes precedence: --max_train_steps 500.
+with a balanced base loss and the latents of bad images restored. It takes minutes on a CPU. With --config, it trains on
+your own images: the file is a kohya TOML with a section [freq_loss]. Its keys can also be given on the command line,
+which takes precedence: --max_train_steps 500.
 """
 
 
