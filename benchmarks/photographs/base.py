@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor, autocast, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from freq_loss_plugin.image_files import open_rgb
@@ -83,7 +83,7 @@ def _latents(world: World, part: str, folder: Path) -> Tensor:
 def _of_photograph(world: World, file: Path, numbers: np.random.Generator) -> Tensor:
     image = open_rgb(file)
     squares = [photographs.random_square(image, numbers) for _ in range(_SQUARES)]
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast("cpu", torch.bfloat16):
         return autoencoders.encode(world.autoencoder, squares).half()
 
 

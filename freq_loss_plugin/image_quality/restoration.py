@@ -62,7 +62,9 @@ class Restoration:
     sharp: Tensor
     ridge: float
     counts: Tensor
-    _copies: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, compare=False, repr=False)
+    _copies: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = field(
+        default_factory=dict, init=False, compare=False, repr=False
+    )
 
     @property
     def restored(self) -> float:
