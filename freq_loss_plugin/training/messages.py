@@ -56,7 +56,7 @@ def describe(
     if config.balanced:
         lines.append("  cost of the balance: a few plain MSEs per batch; its weights follow the run, and begin at 1")
     if quality is not None:
-        lines.append(f"  {quality}; this costs about a millisecond per batch")
+        lines.append(f"  {quality}; this costs milliseconds per batch")
     return [*lines, *token]
 
 
