@@ -18,7 +18,7 @@ pytest.importorskip("peft")
 
 from benchmarks.photographs import __main__ as command
 from benchmarks.photographs import autoencoders, cell, images, measures, photographs, report, training, trial
-from benchmarks.photographs.arms import ALL_SHARP, AS_IN_RUNS, BY_NAME, PILOT, PLAIN, SHARP_ALONE, STUDY
+from benchmarks.photographs.arms import ALL_SHARP, AS_IN_RUNS, BY_NAME, PLAIN, SHARP_ALONE, WITH_TERM
 from benchmarks.photographs.cell import Cell
 from benchmarks.photographs.worlds import WORLDS
 from freq_loss_plugin.image_files import open_rgb
@@ -192,9 +192,40 @@ def test_tables_have_ratios_and_the_share_of_the_way():
     assert ALL_SHARP not in shares.split("\n\n")[0]
 
 
+def test_the_term_is_compared_with_all_images_sharp():
+    written = report.tables(rows_of({PLAIN: 1.0, AS_IN_RUNS: 0.92, ALL_SHARP: 0.9, WITH_TERM: 0.81}))
+    before, with_term = written.split("against all images sharp without it:")
+    assert f"| {WITH_TERM} | -0.100 ± 0.000 + |" in with_term
+    assert WITH_TERM not in before
+
+
+def test_a_trial_that_was_repeated_for_its_samples_counts_once(tmp_path):
+    rows = rows_of({PLAIN: 1.0, AS_IN_RUNS: 0.92})
+    again = [row | dict.fromkeys(measures.OF_SAMPLES, "0.5") for row in rows[2:]]
+    lines = [",".join(trial.COLUMNS), *(",".join(row[name] for name in trial.COLUMNS) for row in (*rows, *again))]
+    (tmp_path / "study.csv").write_text("\n".join(lines), encoding="utf-8")
+    report.write(tmp_path / "study.csv")
+    assert "4 trials, seeds 1 to 2." in (tmp_path / "study.md").read_text(encoding="utf-8")
+
+
+def test_the_term_changes_a_step_in_its_own_pass_alone():
+    steps = {}
+    for arm in (ALL_SHARP, WITH_TERM):
+        torch.manual_seed(0)
+        latents, model = torch.randn(8, 16, 8, 8), training.new_lora(FLUX, 1)
+        settings = training.Settings(1, 2, 1e-3, False, BY_NAME[arm].config)
+        seen = []
+        model.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[1].tolist()))
+        training.Training(FLUX, model, latents, torch.zeros(8), settings).run()
+        steps[arm] = seen, [each.detach().clone() for each in model.parameters() if each.requires_grad]
+    (base, plain), (both, with_term) = steps.values()
+    assert both[1::2] == base
+    assert all(len(set(extra)) == 1 and 800 <= extra[0] < 1000 for extra in both[::2])
+    assert not all(map(torch.equal, plain, with_term))
+
+
 def test_every_arm_is_told_apart():
-    arms = (*STUDY, *PILOT)
-    assert len(BY_NAME) == len({replace(arm, name="") for arm in arms}) == len(arms)
+    assert len({replace(arm, name="") for arm in BY_NAME.values()}) == len(BY_NAME)
 
 
 def test_runs_weigh_noise_levels_with_flow_matching_alone():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from freq_loss_plugin import FreqLossConfig
 
 PLAIN, SHARP_ALONE, ALL_SHARP, AS_IN_RUNS = "plain MSE", "sharp alone", "all sharp", "as in runs"
+WITH_TERM = "all sharp, with the term"
+OFF = FreqLossConfig(dist_match=0.0)
 # The product's own fraction, and others that a pilot compared.
 FRACTION = FreqLossConfig.image_quality_threshold
 PILOT_FRACTIONS = (0.02, 0.05, 0.15)
@@ -26,6 +28,7 @@ class Arm:
             error, which what remains of the defect may not exceed.
         weighted: whether each noise level gets back the share of updates that floors take from it; "flow": with flow
             matching, as in runs; "epsilon": where runs do not.
+        config: the plug-in's options for the loss; what else it has is off.
     """
 
     name: str
@@ -33,6 +36,7 @@ class Arm:
     repair: Literal["nothing", "means", "restored", "as in runs"] = "nothing"
     floor: float | Literal["d'"] | None = None
     weighted: bool | Literal["flow", "epsilon"] = False
+    config: FreqLossConfig = OFF
 
     def is_weighted(self, *, flow: bool) -> bool:
         """Whether losses are weighted in a world that does flow matching, or does not."""
@@ -50,6 +54,12 @@ STUDY = (
     Arm("means alone restored", repair="means", floor=FRACTION, weighted="flow"),
     Arm(ALL_SHARP, images="all sharp"),
 )
+
+# The distribution term where a common error of a batch exists: of what is coarse, at high noise.
+TERM = replace(
+    OFF, dist_match=1.0, gradient_ratio=0.1, min_timestep=800, max_timestep=1000, low_weight=1.0, high_weight=0.0
+)
+TERM_ARM = Arm(WITH_TERM, images="all sharp", config=TERM)
 
 
 def _both(name: str, **properties: object) -> tuple[Arm, Arm]:
@@ -69,4 +79,4 @@ PILOT = (
         for arm in _both(f"restored, gated at {each:.0%}", repair="restored", floor=each)
     ),
 )
-BY_NAME = {arm.name: arm for arm in (*STUDY, *PILOT)}
+BY_NAME = {arm.name: arm for arm in (*STUDY, TERM_ARM, *PILOT)}

@@ -113,7 +113,8 @@ def _losses(world: World, model: nn.Module, latents: Tensor, generator: torch.Ge
     uniform = 1 - torch.rand(len(latents), dtype=torch.float64, generator=generator)
     timesteps = world.draw(uniform, torch.zeros(len(latents)))
     noise = torch.randn(latents.shape, generator=generator)
-    return world.residual(model, latents, timesteps, noise).square().mean(dim=(1, 2, 3))
+    prediction, target = world.predict(model, latents, timesteps, noise)
+    return (prediction - target).square().mean(dim=(1, 2, 3))
 
 
 def _restore(state: dict[str, Any], file: Path) -> int:

@@ -111,7 +111,8 @@ def _errors(world: World, model: nn.Module, latents: Tensor) -> dict[str, float]
     errors = {}
     for timestep in TIMESTEPS:
         noise = torch.randn(latents.shape, generator=named_generator(f"validation:{timestep}"))
-        residual = world.residual(model, latents, torch.full((len(latents),), timestep), noise)
+        prediction, target = world.predict(model, latents, torch.full((len(latents),), timestep), noise)
+        residual = prediction - target
         parts = (*BandSpec().split(residual), residual.mean(dim=(2, 3)))
         for name, part in zip(PARTS, parts, strict=True):
             errors[f"{timestep} {name}"] = float(part.square().mean())

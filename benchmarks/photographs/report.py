@@ -14,9 +14,10 @@ from typing import NamedTuple
 
 from benchmarks.what_helps.report import Comparison, Difference, Row, difference, read, sign, surviving
 
-from .arms import ALL_SHARP, AS_IN_RUNS, BY_NAME, PLAIN, SHARP_ALONE
+from .arms import ALL_SHARP, AS_IN_RUNS, BY_NAME, PLAIN, SHARP_ALONE, WITH_TERM
 from .images import DEFECTS, NO_DEFECT
 from .measures import OF_SAMPLES, VALIDATION
+from .trial import KEY
 
 PRIMARY = "validation"
 # By the plan, these are what the correction counts: in every group and for every defect.
@@ -52,7 +53,8 @@ def write(file: Path) -> None:
     Raises:
         SystemExit: it has no results.
     """
-    rows = read(file)
+    # A trial that was repeated for its samples counts once.
+    rows = list({tuple(row[name] for name in KEY): row for row in read(file)}.values())
     if not rows:
         raise SystemExit(f"{file} has no results: run the study first")
     file.with_suffix(".md").write_text(tables(rows) + "\n", encoding="utf-8")
@@ -87,6 +89,11 @@ def tables(rows: Sequence[Row]) -> str:
     lines += ["", "All defects together, other measures, without a correction; those of samples are differences:"]
     for group in groups:
         lines += _by_measure(rows, group)
+    with_term = dict.fromkeys(Group(row["world"], row["style"], "0") for row in rows if row["arm"] == WITH_TERM)
+    if with_term:
+        lines += ["", "The distribution term (t = 800 to 1000, low band), against all images sharp without it:"]
+    for group in with_term:
+        lines += _by_measure([row for row in rows if row["arm"] in (ALL_SHARP, WITH_TERM)], group, ALL_SHARP)
     return "\n".join(lines)
 
 
@@ -100,7 +107,7 @@ def _values(rows: Iterable[Row], group: Group, measure: str) -> Numbers:
     found: Numbers = defaultdict(dict)
     rows = [row for row in rows if (row["world"], row["style"]) == group[:2] and row[measure]]
     rows = [row for row in rows if row["arm"] == ALL_SHARP or row["fraction"] == group.fraction]
-    trained = {row["defect"] for row in rows} - {NO_DEFECT}
+    trained = {row["defect"] for row in rows} - {NO_DEFECT} or {NO_DEFECT}
     for row in rows:
         for defect in trained if row["defect"] == NO_DEFECT else (row["defect"],):
             found[defect, row["arm"]][row["seed"]] = float(row[measure])
@@ -164,16 +171,17 @@ def _by_defect(
     return _table(str(group), columns, cells)
 
 
-def _by_measure(rows: Sequence[Row], group: Group) -> list[str]:
+def _by_measure(rows: Sequence[Row], group: Group, control: str = PLAIN) -> list[str]:
     """A table: arms by measures, over all defects."""
     cells = {}
     for measure in (*VALIDATION, *OF_SAMPLES):
         is_ratio = measure in VALIDATION
-        found = _ratios(rows, group, measure, PLAIN) if is_ratio else _differences(rows, group, measure)
+        found = _ratios(rows, group, measure, control) if is_ratio else _differences(rows, group, measure)
         for (defect, arm), value in found.items():
             if defect == ALL_DEFECTS:
                 cells[arm, measure] = _cell(value)
-    return _table(str(group), [name for name in (*VALIDATION, *OF_SAMPLES) if (ALL_SHARP, name) in cells], cells)
+    shown = {measure for _arm, measure in cells}
+    return _table(str(group), [name for name in (*VALIDATION, *OF_SAMPLES) if name in shown], cells)
 
 
 def _differences(rows: Sequence[Row], group: Group, measure: str) -> Summary:

@@ -21,6 +21,7 @@ from benchmarks.what_helps.report import read
 from .arms import ALL_SHARP
 from .cell import Cell
 from .images import NO_DEFECT, STYLES
+from .measures import OF_SAMPLES
 from .trial import COLUMNS, KEY, STEPS, Trial, run, trial_of
 from .worlds import WORLDS
 
@@ -74,7 +75,8 @@ def _best_rates(file: Path) -> dict[tuple[str, str], float]:
 
 def _run_all(trials: Iterable[Trial], options: argparse.Namespace, file: Path, *, samples: bool) -> None:
     """Run those that are missing. The arms of a cell run one after another in one process, which keeps its latents."""
-    done = {tuple(row[name] for name in KEY) for row in read(file)}
+    # Those without samples are repeated where samples are asked for.
+    done = {tuple(row[name] for name in KEY) for row in read(file) if row[OF_SAMPLES[0]] or not samples}
     by_cell: dict[Cell, list[Trial]] = defaultdict(list)
     for trial in dict.fromkeys(trials):
         if trial.key not in done:

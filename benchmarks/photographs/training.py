@@ -10,8 +10,12 @@ from diffusers.optimization import get_scheduler
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
+from freq_loss_plugin import FreqLossConfig
+from freq_loss_plugin.training.passes import Pass
 from freq_loss_plugin.training.random_streams import named_generator, separate_random_stream
+from freq_loss_plugin.training.term import FrequencyTerm
 
+from .arms import OFF
 from .worlds import World
 
 RANK, BATCH, MAX_NORM = 16, 4, 1.0
@@ -35,12 +39,14 @@ class Settings(NamedTuple):
         steps: optimizer steps.
         rate: the peak learning rate; it falls along a cosine.
         weighted: whether losses are weighted by `share_weights`.
+        config: of the distribution term.
     """
 
     seed: int
     steps: int
     rate: float
     weighted: bool
+    config: FreqLossConfig = OFF
 
 
 class Training:
@@ -60,12 +66,14 @@ class Training:
         self._batches = _batches(len(latents), steps, settings.seed)
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._optimizer = torch.optim.AdamW(self._parameters, lr=settings.rate)
+        self._term = FrequencyTerm(settings.config, world.prediction_type, seed=settings.seed)
         self._schedule = get_scheduler("cosine", self._optimizer, num_warmup_steps=0, num_training_steps=steps)
 
     def run(self) -> None:
         """Train to the end. A LoRA that is not finite then is set to zero, which leaves the base model."""
         for number, chosen in enumerate(self._batches):
             self._loss(number, chosen).backward()
+            self._term.settle(number + 1)
             torch.nn.utils.clip_grad_norm_(self._parameters, MAX_NORM)
             self._optimizer.step()
             self._schedule.step()
@@ -75,14 +83,23 @@ class Training:
                 parameter.data.zero_()
 
     def _loss(self, number: int, chosen: Tensor) -> Tensor:
+        plan = self._term.plan()
+        if plan.extra is not None:
+            noise = torch.randn(self._latents[chosen].shape, generator=named_generator(plan.stream))
+            extra = self._pass(chosen, torch.full((len(chosen),), plan.extra), noise)
+            self._term.extra_pass(extra._replace(timesteps=plan.extra), Tensor.backward)
         generator = named_generator(f"step:{self._settings.seed}:{number}")
-        latents = self._latents[chosen]
-        noise = torch.randn(latents.shape, generator=generator)
+        noise = torch.randn(self._latents[chosen].shape, generator=generator)
         timesteps = draw(self._world, self._least[chosen], generator)
-        losses = self._world.residual(self._model, latents, timesteps, noise).square().mean(dim=(1, 2, 3))
+        passed = self._pass(chosen, timesteps, noise)
+        losses = (passed.prediction - passed.target).square().mean(dim=(1, 2, 3))
         if self._settings.weighted:
             losses = losses * share_weights(self._world, timesteps, self._least).to(losses)
-        return losses.mean()
+        return self._term.join(passed, losses.mean())
+
+    def _pass(self, chosen: Tensor, timesteps: Tensor, noise: Tensor) -> Pass:
+        prediction, target = self._world.predict(self._model, self._latents[chosen], timesteps, noise)
+        return Pass(prediction, target, timesteps, self._world.alphas)
 
 
 def draw(world: World, least: Tensor, generator: torch.Generator) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import measures
-from .arms import ALL_SHARP, BY_NAME, SHARP_ALONE
+from .arms import BY_NAME
 from .cell import Cell, prepare
 from .images import NO_DEFECT
 from .training import Settings, Training, new_lora
@@ -41,9 +41,10 @@ class Trial:
 
 def trial_of(cell: Cell, arm: str, rate: float) -> Trial:
     """Arms without imperfect images are trained once, and count for all defects."""
-    if arm == ALL_SHARP:
+    images = BY_NAME[arm].images
+    if images == "all sharp":
         cell = Cell(cell.world, cell.style, NO_DEFECT, 0.0, cell.seed)
-    elif arm == SHARP_ALONE:
+    elif images == "sharp alone":
         cell = Cell(cell.world, cell.style, NO_DEFECT, cell.fraction, cell.seed)
     return Trial(cell, arm, rate)
 
@@ -60,7 +61,7 @@ def run(trial: Trial, *, steps: int = STEPS, samples: bool = True) -> dict[str, 
     start = time.perf_counter()
     latents, least = prepare(cell).trained(arm, world.snr)
     model = new_lora(world, cell.seed)
-    settings = Settings(cell.seed, steps, trial.rate, arm.is_weighted(flow=world.flow))
+    settings = Settings(cell.seed, steps, trial.rate, arm.is_weighted(flow=world.flow), arm.config)
     Training(world, model, latents, least, settings).run()
     measured = measures.validate(world, model, cell.style, cell.seed)
     if samples:

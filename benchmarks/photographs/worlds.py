@@ -92,8 +92,8 @@ class World:
         """What it should predict."""
         return noise - latents if self.flow else noise
 
-    def residual(self, model: nn.Module, latents: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
-        """Prediction minus target, of the latents' shape.
+    def predict(self, model: nn.Module, latents: Tensor, timesteps: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """A prediction and its target, both of the latents' shape.
 
         Args:
             model: of this world.
@@ -102,7 +102,7 @@ class World:
             noise: of the latents' shape.
         """
         seen = self.noisy(latents, timesteps, noise).contiguous(memory_format=torch.channels_last)
-        return model(seen, timesteps.float()).sample - self.target(latents, noise)
+        return model(seen, timesteps.float()).sample, self.target(latents, noise)
 
     def new_model(self) -> nn.Module:
         """A U-Net of 2.3 million parameters with random weights."""

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from . import plots, report, trial
 from .arms import ARMS
+from .images import DEFECTS, MIXTURE
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -36,6 +37,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10, help="how many")
     parser.add_argument("--first_seed", type=int, default=1000)
     parser.add_argument("--styles", nargs="+", choices=(*trial.TOY, *trial.EMOJI), help="some of them")
+    parser.add_argument("--defects", nargs="+", choices=(MIXTURE, *DEFECTS), help="of the study imperfect")
     names = dict.fromkeys(arm.name for arms in ARMS.values() for arm in arms)
     parser.add_argument("--arms", nargs="+", choices=names, metavar="ARM", help="some of them, as in the tables")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder; without rates.csv, our rates hold")
@@ -63,6 +65,7 @@ def _run_all(options: argparse.Namespace) -> None:
         if each.key not in done
         and each.style in (options.styles or [each.style])
         and each.arm in (options.arms or [each.arm])
+        and each.defect in (options.defects or [each.defect])
     ]
     options.results.mkdir(parents=True, exist_ok=True)
     options.output.mkdir(parents=True, exist_ok=True)
