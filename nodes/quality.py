@@ -79,8 +79,9 @@ def _as_image(item: Tensor) -> Image.Image:
 
 
 def _line(number: int, one: Measurement, model: str) -> str:
-    """``2: 512 × 512, 25% of the resolution: 46% restored, trains at t >= 545 (SDXL)``."""
-    parts = [str(one.defect), *one.notes] if one.defect else [*one.notes] or ["full quality"]
+    """``2: 512 × 512, 25% of the resolution (edges: ...): 46% restored, trains at t >= 545 (SDXL)``."""
+    defect = f"{one.defect} ({one.witness})" if one.witness else str(one.defect)
+    parts = [defect, *one.notes] if one.defect else [*one.notes] or ["full quality"]
     line = f"{number}: {one.size[0]} × {one.size[1]}, {', '.join(parts)}"
     if not one.defect:
         return line
@@ -98,5 +99,5 @@ def _summary(measured: list[Measurement]) -> str:
 def _plot(image: Image.Image, one: Measurement, title: str) -> Tensor:
     if min(image.size) < LEAST_SIDE:
         return law_plot(None, None, title)
-    fit = fit_power_law(as_pixels(image), one.blur or 0.0)
+    fit = fit_power_law(as_pixels(image), one.blur)
     return law_plot(fit.spectrum, fit.expected, title)

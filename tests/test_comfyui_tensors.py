@@ -137,7 +137,8 @@ def test_image_quality_is_the_function(nodes, dtype, channels):
     lines = report.splitlines()
     assert lines[0] == "1: 128 × 128, full quality"
     restored, least = lookup("flux1", expected[1].defect)
-    assert lines[1] == f"2: 128 × 128, {expected[1].defect}: {restored:.0%} restored, trains at t >= {least} (FLUX.1)"
+    found = f"{expected[1].defect} ({expected[1].witness})"
+    assert lines[1] == f"2: 128 × 128, {found}: {restored:.0%} restored, trains at t >= {least} (FLUX.1)"
     assert lines[2] == "1 of 2 of full quality"
     assert resolution == pytest.approx(expected[1].resolution, rel=0 if dtype == torch.float32 else 0.05)
     assert resolution == pytest.approx(1 / 8, rel=0.3)

@@ -11,6 +11,7 @@ import pytest
 from bad_images import enlarged, scene
 
 from freq_loss_plugin import FreqLossConfig
+from freq_loss_plugin.image_quality import dead_leaves
 from freq_loss_plugin.image_quality.pixels import as_pixels
 from freq_loss_plugin.toy_model import model_folder
 from kohya_patch.protocols import IMAGES
@@ -176,7 +177,7 @@ def test_items_of_musubi_tuner_have_the_least_timesteps_of_their_size(musubi_run
 def test_musubi_tuners_caches_of_earlier_images_are_named(musubi_run, images):
     from kohya_patch.musubi.image_quality import make_quality
 
-    scene(5).resize((256, 256)).save(images / "1_sharp" / "00.png")  # whose cache is kept, beside a new one
+    dead_leaves.draw(256, 5).save(images / "1_sharp" / "00.png")  # whose cache is kept, beside a new one
     os.utime(images / "1_sharp" / "00.png", (1e9, 1e9))
     os.utime(images / "clip.mp4", (2e9, 2e9))
     (warning,) = make_quality(musubi_run, AUTO).survey.warnings

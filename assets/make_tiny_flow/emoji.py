@@ -106,7 +106,7 @@ def image(folder: Path, concept: Concept, style: str) -> NDArray[np.float32]:
         opened = Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=drawing, width=4 * SIDE))))
     drawn = opened.convert("RGBA")
     flat = Image.alpha_composite(Image.new("RGBA", drawn.size, "white"), drawn).convert("RGB")
-    return np.asarray(flat.resize((SIDE, SIDE), Image.Resampling.LANCZOS), dtype=np.float32) / 255
+    return np.asarray(flat.resize((SIDE, SIDE), Image.Resampling.LANCZOS), dtype=np.float32) / np.float32(255)
 
 
 def images(folder: Path, some: list[Concept], style: str) -> NDArray[np.float32]:

@@ -28,6 +28,11 @@ def study_photographs() -> list[Path]:
     return [*_files("kodak"), *_files("mcmaster")]
 
 
+def test_photographs() -> list[Path]:
+    """The test images of BSDS500, most of which the base models have seen."""
+    return _files("test")
+
+
 def random_square(image: Image.Image, numbers: np.random.Generator) -> Image.Image:
     """A square from anywhere in a photograph, of any size, reduced to `SIDE`; or its mirror image."""
     return _square(image, int(numbers.integers(SIDE, min(image.size) + 1)), numbers)

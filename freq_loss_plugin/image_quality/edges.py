@@ -44,6 +44,9 @@ _SHARP_FRACTION = 0.03
 _QUANTILE, _MOST_SPREAD = 0.1, 1.35
 # Images are judged by those of their tiles that have most contrast.
 _TILE, _MOST_TILES = 128, 10
+# Where pixels are repeated, at most this fraction of columns differs from those before. Pixel art has at most so many
+# colors, or larger pixels than this.
+_MOST_CHANGES, _FEW_COLORS, _MOST_REPEATED, _LEAST_RUNS = 0.6, 256, 8, 12
 # Pixels at the border of a tile where no edge is looked for.
 _BORDER = 6
 
@@ -65,6 +68,36 @@ def edge_blur(pixels: Tensor, *, ignore_grid: bool = False) -> float | None:
     if sharpest <= SHARP:
         return sharpest
     return min(float(torch.quantile(blurs, _QUANTILE)), _MOST_SPREAD * sharpest)
+
+
+def repeated(pixels: Tensor) -> float:
+    """How often each pixel is repeated along both sides, as enlarging without interpolation does; 1 where they are not.
+
+    Pixel art is not meant: images of few colors have 1.
+
+    Args:
+        pixels: shape (3, H, W), bytes.
+    """
+    columns = (pixels[:, :, 1:] != pixels[:, :, :-1]).any(dim=0).any(dim=0)
+    if float(columns.float().mean()) > _MOST_CHANGES:
+        return 1.0
+    rows = (pixels[:, 1:] != pixels[:, :-1]).any(dim=0).any(dim=1)
+    times = min(_mean_run(columns), _mean_run(rows))
+    codes = pixels[:, ::3, ::3].flatten(1).int().T @ torch.tensor([65536, 256, 1], dtype=torch.int32)
+    return times if times <= _MOST_REPEATED and len(codes.unique()) > _FEW_COLORS else 1.0
+
+
+def _mean_run(changes: Tensor) -> float:
+    """The mean length of runs without a change, where all of them are as long, give or take one; 1 where they are not.
+
+    Args:
+        changes: whether anything differs from the column (or row) before, shape (n,).
+    """
+    places = changes.nonzero()[:, 0]
+    if len(places) < _LEAST_RUNS:
+        return 1.0
+    runs = places[1:] - places[:-1]
+    return float(runs.float().mean()) if int(runs.max() - runs.min()) <= 1 else 1.0
 
 
 def _busiest_tiles(pixels: Tensor) -> tuple[Tensor, Tensor]:

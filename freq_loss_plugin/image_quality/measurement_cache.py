@@ -30,7 +30,7 @@ FOLDER = "FREQ_LOSS_CACHE_DIR"
 # So many measurements are kept, about 10 MB; the oldest make room.
 _MOST = 50_000
 # The modules of this folder on which a measurement depends.
-_MEASURES = ("defects", "edges", "jpeg", "measurement", "noise", "pixels", "spectrum", "trained_image")
+_MEASURES = ("defects", "edges", "jpeg", "measurement", "noise", "pixels", "sharpness", "spectrum", "trained_image")
 
 # What reading a damaged file raises.
 _DAMAGED = (ValueError, TypeError, KeyError, ArithmeticError)

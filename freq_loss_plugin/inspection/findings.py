@@ -55,7 +55,7 @@ class Finding:
     @property
     def resolution(self) -> float | None:
         """The effective resolution; None where it is not known."""
-        if self.measured is None or (self.measured.blur is None and self.measured.resolution == 1):
+        if self.measured is None or (not self.measured.is_measured and self.measured.resolution == 1):
             return None
         return self.measured.resolution
 
@@ -69,7 +69,8 @@ class Finding:
         """What else there is to say."""
         if self.measured is None:
             return self.error
-        return "; ".join(self.measured.notes) or ("" if self.is_bad else self.quality)
+        witness = [self.measured.witness] if self.measured.witness else []
+        return "; ".join([*witness, *self.measured.notes]) or ("" if self.is_bad else self.quality)
 
     def cells(self) -> list[str]:
         """Size, effective resolution, JPEG quality, noise, restored fraction and least timestep, as text."""
@@ -97,6 +98,7 @@ class Finding:
             "blur": one.blur,
             "jpeg_quality": one.jpeg,
             "noise": one.noise,
+            "witness": one.witness,
             "restored": self.restored if one.defect else None,
             "least_timestep": self.least,
             "notes": list(one.notes),

@@ -93,7 +93,7 @@ def _spectrum(finding: Finding, image: Image.Image) -> str:
     if finding.measured is None or min(finding.measured.trained) < LEAST_SIDE:
         return ""
     image = image.resize(finding.measured.trained, Image.Resampling.LANCZOS)
-    fit = fit_power_law(as_pixels(image), finding.measured.blur or 0.0)
+    fit = fit_power_law(as_pixels(image), finding.measured.blur)
     frequency = fit.spectrum.frequency.log2().tolist()
     curves = []
     for power, name in ((fit.expected, "expected"), (fit.spectrum.power, "measured")):
