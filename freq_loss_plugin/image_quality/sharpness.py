@@ -213,7 +213,8 @@ def _sharpest(shortfalls: Tensor) -> Tensor:
 
 
 def _conclude(levels: list[_Level]) -> Sharpness:
-    noise, ways = levels[0].noise, torch.stack([level.shortfalls for level in levels]).unbind(dim=1)
+    ways = torch.stack([level.shortfalls for level in levels]).unbind(dim=1)
+    noise = levels[0].noise if levels[0].noise > math.sqrt(_LEAST_NOISE) else 0.0
     found = _end_of_detail(ways[0], _MISSING)
     if found is None:
         return Sharpness(None, False, 0.0, 0.0, noise)
