@@ -340,7 +340,7 @@ def with_alpha(image, alpha):
 ODD = {
     "transparent": (lambda: with_alpha(scene(1), 254), "transparent"),
     "opaque": (lambda: with_alpha(scene(1), 255), None),
-    "grey": (lambda: scene(1).convert("L"), "grey: its noise is not known"),
+    "grey": (lambda: scene(1).convert("L"), "grey: its noise is told by quiet places alone"),
     "one color": (lambda: Image.new("RGB", (128, 128), "red"), "one color: nothing to measure, taken as good"),
     "small": (lambda: scene(1).resize((40, 40)), "40×40 pixels are too few to measure, taken as good"),
     "palette": (lambda: scene(1).quantize(16), None),

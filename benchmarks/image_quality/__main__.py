@@ -1,12 +1,12 @@
 """How much of what is wrong with photographs is found, beside what others use.
 
-    pip install -e ".[study]" opencv-python-headless brisque cleanvision
+    pip install -e ".[study]"
     python -m benchmarks.image_quality [PHOTOS...] [--output FILE]
 
 PHOTOS are sharp images or folders of them; where left out, Kodak's and McMaster's, and every fourth of BSDS500's test
-images (benchmarks/photographs says where they are). Each defect is made on every other photograph; thresholds of the
-others are those with 2% false alarms on the rest. The table has fractions that were found, with Wilson's 95% intervals,
-and for this project what was called not known.
+images (benchmarks/photographs says where they are). Each defect is made on every other photograph; the threshold of
+the variance of the Laplacian is that with 2% false alarms on the rest. The table has fractions that were found, with
+Wilson's 95% intervals, and for this project what was called not known.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def measure(name: str, file: Path) -> Found:
 
 
 def _others() -> dict[str, Callable[[Image.Image], float]]:
-    """What others use, where it is installed: less is worse."""
+    """What others use: less is worse."""
     return {"variance of the Laplacian": _laplacian}
 
 

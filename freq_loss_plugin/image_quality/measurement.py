@@ -34,7 +34,7 @@ _MOST_REDUCED = 4.0
 _MIDDLE = 1024
 MOTION = "blurred by motion"
 _SOFT = "soft by nature, its spectrum follows no power law: unknown, taken as good"
-_GREY, _GREY_MODES = "grey: its noise is not known", ("L", "LA", "I", "F", "1", "I;16")
+_GREY, _GREY_MODES = "grey: its noise is told by quiet places alone", ("L", "LA", "I", "F", "1", "I;16")
 # Where colors differ by this many times the noise of the luminance, that is a pattern: a halftone.
 _MOST_COLOR = 3.0
 # A law is asked for up to this blur, as a fraction of the shorter side, and up to this exponent after motion.
@@ -142,10 +142,12 @@ def measure_image(
     if min(size) < _LEAST_SIDE:
         note = f"{size[0]}×{size[1]} pixels are too few to measure"
         return replace(empty, resolution=bound, notes=(note if bound < 1 else f"{note}, taken as good",))
-    middle = as_pixels(_middle(image))
-    of_pixels = quality_of_pixels(middle)
-    jpeg = min((quality for quality in (jpeg, of_pixels) if quality is not None), default=None)
-    factor = resized_by(middle) if of_pixels is None else None
+    middle, factor = _middle(image), None
+    # Reduced pixels tell nothing of blocks, and images that are reduced much have lost them.
+    if image.size == size and size[0] <= _MOST_REDUCED * trained[0]:
+        of_pixels = quality_of_pixels(as_pixels(middle))
+        jpeg = min((quality for quality in (jpeg, of_pixels) if quality is not None), default=None)
+        factor = resized_by(as_pixels(middle)) if of_pixels is None else None
     resized = [] if factor is None else [f"resized by {factor:.2f} after JPEG, of which the quality is not known"]
     if trained != image.size:
         image = image.resize(trained, Image.Resampling.LANCZOS, reducing_gap=_KEPT)
